@@ -1,0 +1,1 @@
+"""Pre-training, alignment and export of hybrid language models in JAX."""

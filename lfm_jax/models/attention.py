@@ -1,0 +1,67 @@
+"""Grouped-query attention with a norm on queries and keys."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lfm_jax.arrays import Hidden, Mask
+from lfm_jax.models.cache import AttentionState
+from lfm_jax.models.config import ModelConfig
+from lfm_jax.models.context import Context
+from lfm_jax.models.layers import RMSNorm, apply_rope, parameter
+from lfm_jax.sharding import constrain
+
+
+def grouped_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
+    """Softmax attention where heads share keys and values in groups; the softmax is in float32.
+
+    Args:
+      query: [batch, queries, heads, head_dim]; key, value: [batch, keys, kv_heads, head_dim].
+      mask: [batch, queries, keys]. A row without any True (a padding position) attends evenly, which nothing reads.
+    Returns:
+      [batch, queries, heads, head_dim].
+    """
+    batch, queries, heads, head_dim = query.shape
+    grouped = query.reshape(batch, queries, key.shape[2], -1, head_dim)
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(batch, queries, heads, head_dim)
+
+
+class Attention(nnx.Module):
+    """Attention of one block: RMSNorm over each head of q and k, rotation, softmax, and (LFM3) a sigmoid gate per head."""
+
+    def __init__(self, config: ModelConfig, kind: str, *, residual_gain: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        embed, heads, kv_heads, head_dim = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        self.q_proj = parameter(rngs, (embed, heads, head_dim), ("embed", "heads", None), embed)
+        self.k_proj = parameter(rngs, (embed, kv_heads, head_dim), ("embed", "kv_heads", None), embed)
+        self.v_proj = parameter(rngs, (embed, kv_heads, head_dim), ("embed", "kv_heads", None), embed)
+        self.out_proj = parameter(rngs, (heads, head_dim, embed), ("heads", None, "embed"), heads * head_dim, residual_gain)
+        self.q_norm = RMSNorm(head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(head_dim, config.norm_eps)
+        if config.attention_gate:
+            self.gate_proj = parameter(rngs, (embed, heads), ("embed", "heads"), embed)
+        self.gated = config.attention_gate
+        self.kind = kind
+        self.dtype = dtype
+
+    def __call__(self, x: Hidden, context: Context, state: AttentionState | None) -> tuple[Hidden, AttentionState | None]:
+        project = lambda weight: jnp.einsum("bse,ehd->bshd", x, weight[...].astype(self.dtype))
+        phases = context.rope[self.kind]
+        query = constrain(apply_rope(self.q_norm(project(self.q_proj)), phases), ("batch", None, "heads", None))
+        key = constrain(apply_rope(self.k_norm(project(self.k_proj)), phases), ("batch", None, "kv_heads", None))
+        value = constrain(project(self.v_proj), ("batch", None, "kv_heads", None))
+        if state is not None:
+            rows = jnp.arange(x.shape[0])[:, None]
+            # Padding has a slot past the end, and "drop" leaves the cache as it was there.
+            state = AttentionState(
+                state.keys.at[rows, context.slots].set(key.astype(state.keys.dtype), mode="drop"),
+                state.values.at[rows, context.slots].set(value.astype(state.values.dtype), mode="drop"),
+            )
+            key, value = state.keys.astype(self.dtype), state.values.astype(self.dtype)
+        out = grouped_attention(query, key, value, context.masks[self.kind])
+        if self.gated:
+            gate = jax.nn.sigmoid(jnp.einsum("bse,eh->bsh", x, self.gate_proj[...].astype(self.dtype)).astype(jnp.float32))
+            out = out * gate[..., None].astype(self.dtype)
+        return jnp.einsum("bshd,hde->bse", out, self.out_proj[...].astype(self.dtype)), state

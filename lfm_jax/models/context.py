@@ -1,0 +1,72 @@
+"""What every block of one forward pass shares: who may look at whom, and where each token stands."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from lfm_jax.arrays import Mask, Positions, SegmentIds
+from lfm_jax.models.cache import AttentionState, DecoderCache
+from lfm_jax.models.config import ModelConfig
+from lfm_jax.models.layers import rope_phases
+
+
+@struct.dataclass
+class Context:
+    """Shared inputs of the blocks.
+
+    segment_ids: [batch, seq], or None when every row is one document without padding.
+    masks: attention kind -> [batch, queries, keys].
+    rope: attention kind -> cos and sin.
+    slots: [batch, seq] int32, cache slot of each token (the capacity for padding); None without a cache.
+    new_lengths: [batch] int32, tokens of this call in each row; None without a cache.
+    """
+
+    segment_ids: SegmentIds | None
+    masks: dict[str, Mask]
+    rope: dict[str, tuple[jax.Array, jax.Array]]
+    slots: jax.Array | None
+    new_lengths: jax.Array | None
+
+
+def _window(mask: Mask, distance: jax.Array, kind: str, config: ModelConfig) -> Mask:
+    return mask & (distance < config.sliding_window) if kind == "sliding_attention" else mask
+
+
+def _attention_kinds(config: ModelConfig) -> list[str]:
+    return sorted(set(config.layer_types) - {"conv"})
+
+
+def _rope(config: ModelConfig, positions: Positions) -> dict[str, tuple[jax.Array, jax.Array]]:
+    settings = {"full_attention": config.full_rope, "sliding_attention": config.sliding_rope}
+    return {kind: rope_phases(positions, config.head_dim, settings[kind]) for kind in _attention_kinds(config)}
+
+
+def training_context(config: ModelConfig, segment_ids: SegmentIds | None, positions: Positions) -> Context:
+    """The context of a forward pass over whole sequences: causal, within each document."""
+    seq = positions.shape[1]
+    distance = jnp.arange(seq)[:, None] - jnp.arange(seq)[None, :]
+    mask = (distance >= 0)[None]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    masks = {kind: _window(mask, distance[None], kind, config) for kind in _attention_kinds(config)}
+    return Context(segment_ids=segment_ids, masks=masks, rope=_rope(config, positions), slots=None, new_lengths=None)
+
+
+def cached_context(config: ModelConfig, valid: jax.Array, cache: DecoderCache) -> Context:
+    """The context of a call that continues `cache`; row r's tokens are the first sum(valid[r]) of it.
+
+    Args:
+      valid: [batch, seq] bool, True for a prefix of each row.
+    """
+    states = [state for state in cache.layers if isinstance(state, AttentionState)]
+    capacity = states[0].keys.shape[1] if states else 0
+    positions = cache.lengths[:, None] + jnp.arange(valid.shape[1])[None, :]
+    distance = positions[:, :, None] - jnp.arange(capacity)[None, None, :]
+    masks = {kind: _window(distance >= 0, distance, kind, config) for kind in _attention_kinds(config)}
+    return Context(
+        segment_ids=valid.astype(jnp.int32),
+        masks=masks,
+        rope=_rope(config, positions),
+        slots=jnp.where(valid, positions, capacity),
+        new_lengths=jnp.sum(valid, axis=1, dtype=jnp.int32),
+    )

@@ -1,0 +1,152 @@
+"""The language model: embedding, blocks, final norm, logits."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lfm_jax.arrays import Hidden, Logits, Positions, SegmentIds, Tokens
+from lfm_jax.models.attention import Attention
+from lfm_jax.models.cache import AttentionState, ConvState, DecoderCache
+from lfm_jax.models.config import ComputeConfig, ModelConfig
+from lfm_jax.models.context import Context, cached_context, training_context
+from lfm_jax.models.layers import MLP, Embedding, RMSNorm, parameter
+from lfm_jax.models.moe import MoE
+from lfm_jax.models.short_conv import ShortConv
+from lfm_jax.sharding import constrain
+
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+class DecoderOutput(NamedTuple):
+    """hidden: [batch, seq, embed] after the final norm; cache: the continued cache, or None; router_counts: tokens that chose
+    each expert, [moe layers, experts] float32, or None for a dense model."""
+
+    hidden: Hidden
+    cache: DecoderCache | None
+    router_counts: jax.Array | None
+
+
+def _compute_dtype(compute: ComputeConfig) -> jnp.dtype:
+    if compute.dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(compute.dtype)
+
+
+class Block(nnx.Module):
+    """h + operator(norm(h)), then h + feed_forward(norm(h)); LFM3 norms each branch once more before it joins."""
+
+    def __init__(self, config: ModelConfig, index: int, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        kind, dtype = config.layer_types[index], _compute_dtype(compute)
+        # Two branches a block join the residual; dividing each by sqrt(2 * depth) keeps its variance (GPT-2's rule).
+        gain = (2 * config.num_layers) ** -0.5
+        norm = lambda: RMSNorm(config.embed_dim, config.norm_eps, axis="embed")
+        self.operator_norm, self.ffn_norm = norm(), norm()
+        if config.sandwich_norms:
+            self.post_operator_norm, self.post_ffn_norm = norm(), norm()
+        if kind == "conv":
+            self.conv = ShortConv(config, implementation=compute.short_conv, residual_gain=gain, dtype=dtype, rngs=rngs)
+        else:
+            self.attention = Attention(config, kind, residual_gain=gain, dtype=dtype, rngs=rngs)
+        if config.is_moe_layer(index):
+            self.moe = MoE(config.embed_dim, config.moe, residual_gain=gain, dtype=dtype, rngs=rngs)
+        else:
+            self.mlp = MLP(config.embed_dim, config.mlp_dim, residual_gain=gain, dtype=dtype, rngs=rngs)
+        self.kind = kind
+        self.routed = config.is_moe_layer(index)
+        self.sandwich = config.sandwich_norms
+
+    def __call__(self, hidden: Hidden, context: Context, state: AttentionState | ConvState | None):
+        """Returns (hidden, state, router counts or None)."""
+        operator = self.conv if self.kind == "conv" else self.attention
+        branch, state = operator(self.operator_norm(hidden), context, state)
+        hidden = hidden + (self.post_operator_norm(branch) if self.sandwich else branch)
+        hidden = constrain(hidden, ("batch", None, None))
+        normed, counts = self.ffn_norm(hidden), None
+        if self.routed:
+            valid = None if context.segment_ids is None else context.segment_ids != 0
+            branch, counts = self.moe(normed, valid)
+        else:
+            branch = self.mlp(normed)
+        hidden = hidden + (self.post_ffn_norm(branch) if self.sandwich else branch)
+        return constrain(hidden, ("batch", None, None)), state, counts
+
+
+class Decoder(nnx.Module):
+    """A causal hybrid language model.
+
+    Call it on packed or padded sequences for training, or with a cache to continue one sequence a row.
+    """
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig = ComputeConfig(), *, rngs: nnx.Rngs):
+        dtype = _compute_dtype(compute)
+        self.embed = Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Block(config, index, compute, rngs=rngs) for index in range(config.num_layers)])
+        self.final_norm = RMSNorm(config.embed_dim, config.norm_eps, axis="embed")
+        if not config.tie_embeddings:
+            self.lm_head = parameter(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"), config.embed_dim)
+        self.config = config
+        self.dtype = dtype
+        self.remat = compute.remat
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        segment_ids: SegmentIds | None = None,
+        positions: Positions | None = None,
+        cache: DecoderCache | None = None,
+    ) -> DecoderOutput:
+        """Hidden states of every position.
+
+        Args:
+          tokens: [batch, seq] int32.
+          segment_ids: documents of a packed row, numbered from 1; 0 is padding. With a cache: 1 for a token, 0 for padding on
+            either side. None: every position is a token of one document.
+          positions: position of each token in its document; None: 0, 1, 2, ... from the row's start. Not allowed with a cache,
+            which knows them.
+          cache: continue these sequences. The padding enters neither keys nor convolution windows.
+
+        Raises:
+          ValueError: positions and cache are both given, or packed segments come without positions.
+        """
+        if cache is not None:
+            if positions is not None:
+                raise ValueError("positions are known from the cache; give one or the other")
+            return self._continue(tokens, segment_ids, cache)
+        if positions is None:
+            if segment_ids is not None:
+                raise ValueError("segment_ids without positions: packed documents need positions that restart with each of them")
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        hidden, _, counts = self._blocks(tokens, training_context(self.config, segment_ids, positions), None)
+        return DecoderOutput(hidden, None, counts)
+
+    def logits(self, hidden: Hidden) -> Logits:
+        """Scores of the next token over all rows of the vocabulary, [..., vocab] float32; padded rows included."""
+        weight = self.embed.embedding[...].T if self.config.tie_embeddings else self.lm_head[...]
+        return jnp.einsum("...e,ev->...v", hidden, weight.astype(self.dtype), preferred_element_type=jnp.float32)
+
+    def _blocks(self, tokens: Tokens, context: Context, cache: DecoderCache | None):
+        hidden = constrain(self.embed(tokens), ("batch", None, None))
+        states, counts = [], []
+        for index, block in enumerate(self.layers):
+            apply = block if self.remat == "none" else jax.checkpoint(block.__call__, policy=REMAT_POLICIES[self.remat])
+            hidden, state, chosen = apply(hidden, context, None if cache is None else cache.layers[index])
+            states.append(state)
+            if chosen is not None:
+                counts.append(chosen)
+        return self.final_norm(hidden), tuple(states), jnp.stack(counts) if counts else None
+
+    def _continue(self, tokens: Tokens, segment_ids: SegmentIds | None, cache: DecoderCache) -> DecoderOutput:
+        """Moves each row's tokens to its front, so that padding stands behind them, and the outputs back again."""
+        if segment_ids is None:
+            order, valid = None, jnp.ones(tokens.shape, bool)
+        else:
+            order = jnp.argsort(segment_ids == 0, axis=1, stable=True)
+            tokens = jnp.take_along_axis(tokens, order, axis=1)
+            valid = jnp.take_along_axis(segment_ids != 0, order, axis=1)
+        context = cached_context(self.config, valid, cache)
+        hidden, states, counts = self._blocks(tokens, context, cache)
+        if order is not None:
+            hidden = jnp.take_along_axis(hidden, jnp.argsort(order, axis=1)[:, :, None], axis=1)
+        return DecoderOutput(hidden, DecoderCache(cache.lengths + context.new_lengths, states), counts)

@@ -1,0 +1,59 @@
+"""An NNX module as pure functions: a static graph definition beside plain pytrees of arrays."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+Tree = Any  # nested dicts of arrays; the path of a leaf is the path of the module's attribute
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionalModel:
+    """What jitted code needs of a module, without its parameters.
+
+    The module is built once, abstractly: no array is allocated until `init` runs, so a jitted `init` with `out_shardings`
+    never holds a parameter unsharded.
+
+    Attributes:
+      graphdef: the static structure.
+      abstract_params: trainable arrays (`nnx.Param`) as `jax.ShapeDtypeStruct`, nested by module path.
+      abstract_buffers: the arrays that carry no gradient (e.g. a router's expert bias).
+      param_axes, buffer_axes: the logical axis names of every leaf, read from its `axes` metadata.
+      init: key -> (params, buffers).
+    """
+
+    graphdef: nnx.GraphDef
+    abstract_params: Tree
+    abstract_buffers: Tree
+    param_axes: Tree
+    buffer_axes: Tree
+    init: Callable[[jax.Array], tuple[Tree, Tree]]
+
+    def bind(self, params: Tree, buffers: Tree) -> nnx.Module:
+        """The module over these arrays. Costs a walk over the structure: call it inside jit, where that happens once."""
+        return nnx.merge(self.graphdef, nnx.State(params), nnx.State(buffers))
+
+
+def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> FunctionalModel:
+    """Splits the module that `make(rngs)` builds into its static structure and pure functions."""
+    graphdef, params, buffers = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)
+
+    def init(key: jax.Array) -> tuple[Tree, Tree]:
+        _, params, buffers = nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
+
+    def axes(state: nnx.State) -> Tree:
+        is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
+        return nnx.to_pure_dict(jax.tree.map(lambda variable: variable.axes, state, is_leaf=is_variable))
+
+    return FunctionalModel(
+        graphdef=graphdef,
+        abstract_params=nnx.to_pure_dict(params),
+        abstract_buffers=nnx.to_pure_dict(buffers),
+        param_axes=axes(params),
+        buffer_axes=axes(buffers),
+        init=init,
+    )

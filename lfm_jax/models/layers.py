@@ -1,0 +1,75 @@
+"""Norm, embedding, rotary phases and the dense feed-forward."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lfm_jax.arrays import Hidden, Positions, Tokens
+from lfm_jax.models.config import RopeConfig
+from lfm_jax.sharding import constrain
+
+
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:
+    """A float32 matrix drawn from a normal of standard deviation gain / sqrt(fan_in), truncated at two deviations."""
+    draw = nnx.initializers.truncated_normal(gain * fan_in**-0.5, dtype=jnp.float32)
+    return nnx.Param(draw(rngs.params(), shape), axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (Zhang and Sennrich 2019, eq. 4)."""
+
+    def __init__(self, features: int, eps: float, *, axis: str | None = None):
+        self.scale = nnx.Param(jnp.ones(features), axes=(axis,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * scale).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """The table from token ids to the residual stream; tied models use it for the logits as well."""
+
+    def __init__(self, vocab_size: int, features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        draw = nnx.initializers.normal(0.02)
+        self.embedding = nnx.Param(draw(rngs.params(), (vocab_size, features)), axes=("vocab", "embed"))
+        self.dtype = dtype
+
+    def __call__(self, tokens: Tokens) -> Hidden:
+        return self.embedding[...].astype(self.dtype)[tokens]
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, embed: int, mlp: int, *, residual_gain: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gate = parameter(rngs, (embed, mlp), ("embed", "mlp"), embed)
+        self.up = parameter(rngs, (embed, mlp), ("embed", "mlp"), embed)
+        self.down = parameter(rngs, (mlp, embed), ("mlp", "embed"), mlp, residual_gain)
+        self.dtype = dtype
+
+    def __call__(self, x: Hidden) -> Hidden:
+        gate = constrain(x @ self.gate[...].astype(self.dtype), ("batch", None, "mlp"))
+        up = constrain(x @ self.up[...].astype(self.dtype), ("batch", None, "mlp"))
+        return (jax.nn.silu(gate) * up) @ self.down[...].astype(self.dtype)
+
+
+def rope_phases(positions: Positions, head_dim: int, config: RopeConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, [batch, seq, 1, head_dim / 2], in float32 whatever the model computes in.
+
+    Positions reach 131,071; a bfloat16 product with the frequency is off by whole turns there.
+    """
+    pairs = head_dim // 2
+    index = jnp.arange(pairs, dtype=jnp.float32)
+    frequency = jnp.where(index < round(config.fraction * pairs), config.theta ** (-2.0 * index / head_dim), 0.0)
+    phase = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+    return jnp.cos(phase), jnp.sin(phase)
+
+
+def apply_rope(x: jax.Array, phases: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (x[i], x[i + head_dim / 2]) of each head; x is [batch, seq, heads, head_dim]."""
+    cos, sin = phases
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,65 @@
+"""The double-gated short convolution: out_proj(C * conv(B * x)) with B, C and x projected from the input."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lfm_jax.arrays import Hidden
+from lfm_jax.kernels import short_conv
+from lfm_jax.models.cache import ConvState
+from lfm_jax.models.config import ModelConfig
+from lfm_jax.models.context import Context
+from lfm_jax.models.layers import parameter
+from lfm_jax.sharding import constrain
+
+
+def _last_window(state: ConvState, bcx: jax.Array, new_lengths: jax.Array) -> ConvState:
+    """The window after row r's first new_lengths[r] positions; the padding behind them never enters it."""
+    size = state.window.shape[1]
+    index = new_lengths[:, None] - size + jnp.arange(size)[None, :]
+    at = jnp.maximum(index, 0)[:, :, None]
+    fresh = jnp.take_along_axis(bcx[0], at, axis=1) * jnp.take_along_axis(bcx[2], at, axis=1)
+    kept = jnp.take_along_axis(state.window, jnp.clip(index + size, 0, size - 1)[:, :, None], axis=1)
+    return ConvState(jnp.where((index >= 0)[:, :, None], fresh.astype(kept.dtype), kept))
+
+
+class ShortConv(nnx.Module):
+    """Token mixing of a conv block (LFM2; transformers `Lfm2ShortConv`)."""
+
+    def __init__(self, config: ModelConfig, *, implementation: str, residual_gain: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        embed, channels, width = config.embed_dim, config.embed_dim, config.conv_width
+        self.in_proj = parameter(rngs, (embed, 3, channels), ("embed", None, "channels"), embed)
+        # The default of torch's Conv1d: uniform within 1 / sqrt(fan_in), and the fan-in of a depthwise tap row is its width.
+        bound = width**-0.5
+        taps = jax.random.uniform(rngs.params(), (width, channels), minval=-bound, maxval=bound)
+        self.kernel = nnx.Param(taps, axes=(None, "channels"))
+        self.out_proj = parameter(rngs, (channels, embed), ("channels", "embed"), channels, residual_gain)
+        if config.conv_bias:
+            self.in_bias = nnx.Param(jnp.zeros((3, channels)), axes=(None, "channels"))
+            self.kernel_bias = nnx.Param(jnp.zeros(channels), axes=("channels",))
+            self.out_bias = nnx.Param(jnp.zeros(embed), axes=("embed",))
+        self.biased = config.conv_bias
+        self.implementation = implementation
+        self.dtype = dtype
+
+    def __call__(self, x: Hidden, context: Context, state: ConvState | None) -> tuple[Hidden, ConvState | None]:
+        # The three parts on the leading axis: the matmul writes them apart, and no slice of a wider array is ever copied.
+        bcx = jnp.einsum("bse,epc->pbsc", x, self.in_proj[...].astype(self.dtype))
+        if self.biased:
+            bcx = bcx + self.in_bias[...].astype(self.dtype)[:, None, None, :]
+        bcx = constrain(bcx, (None, "batch", None, "channels"))
+        mixed, _ = short_conv(
+            bcx,
+            self.kernel[...],
+            bias=self.kernel_bias[...] if self.biased else None,
+            # With a cache the tokens of a row stand in front of its padding, so that nothing needs masking.
+            segment_ids=context.segment_ids if state is None else None,
+            initial_state=None if state is None else state.window.astype(self.dtype),
+            implementation=self.implementation,
+        )
+        if state is not None:
+            state = _last_window(state, bcx, context.new_lengths)
+        out = mixed @ self.out_proj[...].astype(self.dtype)
+        if self.biased:
+            out = out + self.out_bias[...].astype(self.dtype)[None, None, :]
+        return out, state
