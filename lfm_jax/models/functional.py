@@ -10,9 +10,9 @@ from flax import nnx
 Tree = Any  # nested dicts of arrays; the path of a leaf is the path of the module's attribute
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class FunctionalModel:
-    """What jitted code needs of a module, without its parameters.
+    """What jitted code needs of a module, without its parameters; hashable by identity, so that jit takes it as static.
 
     The module is built once, abstractly: no array is allocated until `init` runs, so a jitted `init` with `out_shardings`
     never holds a parameter unsharded.

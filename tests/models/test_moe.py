@@ -1,0 +1,68 @@
+"""Routing and experts against a loop over tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lfm_jax.models.config import MoEConfig
+from lfm_jax.models.moe import MoE
+
+CONFIG = MoEConfig(num_experts=6, experts_per_token=2, mlp_dim=16, scaling_factor=1.7)
+
+
+def _moe(config=CONFIG):
+    moe = MoE(8, config, residual_gain=1.0, dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(0))
+    if config.expert_bias:
+        moe.expert_bias[...] = jnp.asarray([0.9, -0.9, 0.0, 0.4, -0.2, 0.1])
+    return moe
+
+
+def _loop(moe, x):
+    """One token and one expert at a time, in float64."""
+    config, out = moe.config, np.zeros(x.shape)
+    router, gate, up, down = (np.asarray(w[...], np.float64) for w in (moe.router, moe.gate, moe.up, moe.down))
+    bias = np.asarray(moe.expert_bias[...], np.float64) if config.expert_bias else 0
+    for index in np.ndindex(x.shape[:2]):
+        token = np.asarray(x[index], np.float64)
+        score = 1 / (1 + np.exp(-token @ router))
+        chosen = np.argsort(-(score + bias), kind="stable")[: config.experts_per_token]
+        weight = score[chosen] / (score[chosen].sum() + 1e-6) if config.normalize_weights else score[chosen]
+        for expert, scale in zip(chosen, weight * config.scaling_factor, strict=True):
+            hidden = token @ gate[expert]
+            out[index] += scale * ((hidden / (1 + np.exp(-hidden)) * (token @ up[expert])) @ down[expert])
+    return out
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_lfm2moe_router_sigmoid_bias_selects_only_scaling(normalize, biased):
+    moe = _moe(dataclasses.replace(CONFIG, normalize_weights=normalize, expert_bias=biased))
+    x = jax.random.normal(jax.random.key(1), (2, 9, 8))
+    out, counts = moe(x, None)
+    np.testing.assert_allclose(out, _loop(moe, x), atol=1e-5)
+    assert float(counts.sum()) == 2 * 9 * 2
+
+
+def test_expert_bias_changes_the_choice_and_takes_no_gradient():
+    moe, plain = _moe(), _moe(dataclasses.replace(CONFIG, expert_bias=False))
+    x = jax.random.normal(jax.random.key(1), (2, 9, 8))
+    assert np.any(np.asarray(moe.route(x)[0]) != np.asarray(plain.route(x)[0]))
+
+    def loss(bias):
+        moe.expert_bias = type(moe.expert_bias)(bias, axes=(None,))
+        return jnp.sum(moe(x, None)[0] ** 2)
+
+    np.testing.assert_array_equal(jax.grad(loss)(jnp.asarray([0.9, -0.9, 0.0, 0.4, -0.2, 0.1])), np.zeros(6))
+
+
+def test_padding_is_not_counted():
+    x = jax.random.normal(jax.random.key(1), (1, 5, 8))
+    valid = jnp.asarray([[True, True, False, True, False]])
+    moe = _moe()
+    _, counts = moe(x, valid)
+    chosen = np.asarray(moe.route(x)[0])[np.asarray(valid)]
+    np.testing.assert_array_equal(counts, np.bincount(chosen.ravel(), minlength=6))
