@@ -1,0 +1,41 @@
+"""The strict room: every test runs on eight CPU devices, without implicit promotion, without the network, warnings as errors.
+
+All of it is set in the environment before jax is imported, so that the processes a test starts are in the same room. Warnings
+that are no errors are listed in setup.cfg with the reason.
+"""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    JAX_NUMPY_DTYPE_PROMOTION="strict",
+    JAX_NUMPY_RANK_PROMOTION="raise",
+    # Eight devices share few cores: a collective may wait long for its last member, which is no deadlock.
+    XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600",
+    # The TPU compiler (libtpu) without a TPU: it must neither look for a machine nor lock one.
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_ACCELERATOR_TYPE="v5litepod-4",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="agg",
+)
+# Seeds are fixed, and a slow machine is no failure.
+hypothesis.settings.register_profile("strict_room", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("strict_room")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def published_data() -> Path:
+    """The folder of published files (papers' tables, corpora, chat templates) that some tests compare with."""
+    folder = Path(os.environ.get("LFM_JAX_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no published data in {folder}: set LFM_JAX_DATA to the folder that has it")
+    return folder

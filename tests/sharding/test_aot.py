@@ -1,0 +1,42 @@
+"""Compiling for TPUs on a host without one."""
+
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lfm_jax.sharding import MeshConfig, aot, make_mesh
+
+
+def test_a_sharded_program_compiles_for_a_whole_pod():
+    pytest.importorskip("libtpu")
+    mesh = make_mesh(MeshConfig(fsdp=16, tensor=16), aot.tpu_devices("v5e:16x16"))
+    rows = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
+    compiled = aot.compile_for(lambda x: x @ x.T, (rows,))
+    assert "all-reduce" in compiled.as_text() or "reduce-scatter" in compiled.as_text()
+
+
+def test_an_unknown_topology_is_refused():
+    pytest.importorskip("libtpu")
+    with pytest.raises(ValueError, match="no topology 'v5e:1x7x9'"):
+        aot.tpu_devices("v5e:1x7x9")
+
+
+def test_a_missing_variable_is_named(monkeypatch):
+    pytest.importorskip("libtpu")
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
+    with pytest.raises(RuntimeError, match="TPU_SKIP_MDS_QUERY must be set before libtpu is loaded"):
+        aot.tpu_devices("v5e:2x2")
+
+
+def test_missing_libtpu_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="needs libtpu, which is not installed"):
+        aot.tpu_devices("v5e:2x2")
+
+
+def test_the_environment_of_the_tests_holds_what_is_asked_for():
+    assert set(aot.ENVIRONMENT) <= set(os.environ)
