@@ -63,7 +63,8 @@ def rope_phases(positions: Positions, head_dim: int, config: RopeConfig) -> tupl
     """
     pairs = head_dim // 2
     index = jnp.arange(pairs, dtype=jnp.float32)
-    frequency = jnp.where(index < round(config.fraction * pairs), config.theta ** (-2.0 * index / head_dim), 0.0)
+    rotated = int(config.fraction * head_dim // 2)  # rounded down, as in transformers' proportional kind
+    frequency = jnp.where(index < rotated, config.theta ** (-2.0 * index / head_dim), 0.0)
     phase = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
     return jnp.cos(phase), jnp.sin(phase)
 

@@ -1,0 +1,309 @@
+"""Checkpoints in Hugging Face folders: export and import, a tensor at a time and without PyTorch."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from lfm_jax.interop.huggingface_config import GenerationSettings, from_config_json, to_config_json, to_generation_json
+from lfm_jax.interop.huggingface_weights import Path, Weight, weight_table
+from lfm_jax.interop.safetensors_io import StoredTensor, TensorSpec, read_header, write_safetensors
+from lfm_jax.interop.tokenizer_json import tokenizer_json_size, write_tokenizer
+from lfm_jax.models import ModelConfig
+from lfm_jax.models.functional import Tree
+
+Place = Callable[[Path, np.ndarray], Any]
+
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_MANIFEST = "manifest.json"
+
+
+class ImportedModel(NamedTuple):
+    """What a folder holds; params and buffers are nested as `lfm_jax.models.functional` nests them."""
+
+    config: ModelConfig
+    params: Tree
+    buffers: Tree
+
+
+def export_folder(
+    config: ModelConfig,
+    params: Tree,
+    buffers: Tree,
+    folder: epath.PathLike,
+    *,
+    tokenizer: epath.PathLike | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    max_shard_bytes: int = 5_000_000_000,
+    generation: GenerationSettings | None = None,
+) -> epath.Path:
+    """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load: config, weights, tokenizer, generation settings.
+
+    The folder appears under its name only once it is complete, with the SHA-256 of every file in manifest.json. Of the
+    parameters, which are left as they are, one at a time is copied.
+
+    Args:
+      params, buffers: as `FunctionalModel.init` returns them, sharded or not.
+      tokenizer: a SentencePiece model, a tokenizer.json, or a folder with one of them. None: no tokenizer files.
+      dtype: of the weights; an expert bias is always float32.
+      max_shard_bytes: a file of weights holds no more, unless a single tensor is larger.
+      generation: special ids and sampling defaults. None: those of the LFM2 chat format, greedy.
+    Returns:
+      The folder.
+    Raises:
+      ValueError: no Hugging Face architecture can hold the configuration, the parameters are not those of the configuration, the
+        tokenizer does not fit the vocabulary, or `folder` holds something that is not an earlier export.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    generation = generation or GenerationSettings()
+    folder = epath.Path(folder)
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / _MANIFEST).exists())):
+        raise ValueError(f"{folder} is there and is no earlier export (it has no {_MANIFEST}); choose another folder")
+    table = weight_table(config)
+    _check_parameters(table, params, buffers)
+    partial = folder.parent / f".{folder.name}.partial"
+    if partial.exists():
+        partial.rmtree()
+    partial.mkdir(parents=True)
+    if tokenizer is not None:
+        size = write_tokenizer(tokenizer, partial, generation)
+        _check_tokenizer(config, size)
+    _write_json(partial / "config.json", to_config_json(config, generation, dtype))
+    _write_json(partial / "generation_config.json", to_generation_json(config, generation))
+    digests = _write_weights(table, params, buffers, partial, _DTYPES[dtype], max_shard_bytes)
+    others = {file.name: _sha256(file) for file in partial.iterdir() if file.name not in digests}
+    _write_json(partial / _MANIFEST, {"sha256": dict(sorted((digests | others).items()))})
+    if folder.exists():
+        folder.rmtree()
+    partial.rename(folder)
+    return folder
+
+
+def read_config(folder: epath.PathLike) -> ModelConfig:
+    """The architecture of a Hugging Face folder. A tokenizer.json beside it tells how many ids of the vocabulary are real.
+
+    Raises:
+      FileNotFoundError: no config.json.
+      ValueError: see `from_config_json`; or tokenizer.json knows more ids than the vocabulary has rows.
+    """
+    folder = epath.Path(folder)
+    content = _read_json(folder / "config.json")
+    if content.get("tokenizer_vocab_size") is None and (folder / "tokenizer.json").exists():
+        size = tokenizer_json_size(_read_json(folder / "tokenizer.json"))
+        vocab = content.get("vocab_size")
+        if isinstance(vocab, int) and size > vocab:
+            raise ValueError(f"{folder}: tokenizer.json knows {size} ids, but config.json has vocab_size {vocab}")
+        content["tokenizer_vocab_size"] = size
+    return from_config_json(content)
+
+
+def import_folder(folder: epath.PathLike, *, place: Place | None = None) -> ImportedModel:
+    """Reads a Hugging Face folder of an LFM2, LFM2-MoE or LFM3 model as float32 parameters.
+
+    Args:
+      folder: config.json beside model.safetensors, or shards with their index. Every file is checked against manifest.json where
+        there is one.
+      place: (path of a parameter, host array) -> the leaf to keep, called once for each as it is read; e.g. a `jax.device_put`
+        with the parameter's sharding, so that no more than one of them is whole on the host. None: the default device.
+    Raises:
+      FileNotFoundError: no config.json, no weights, or a shard that the index names is missing.
+      ValueError: the config is unreadable or describes something else, a tensor is missing, superfluous, damaged or of the wrong
+        shape or type, or a file is not the one that was exported. The message names the field, tensor or file.
+    """
+    folder = epath.Path(folder)
+    place = place or (lambda _, array: jnp.asarray(array))
+    config = read_config(folder)
+    _check_manifest(folder)
+    table = weight_table(config)
+    stored = _match(table, _stored_tensors(folder), config, folder)
+    params, buffers = {}, {}
+    for path, weights in _grouped(table):
+        array = _assemble(weights, stored)
+        _insert(buffers if _is_buffer(path) else params, path, place(path, array))
+    return ImportedModel(config, params, buffers)
+
+
+def _is_buffer(path: Path) -> bool:
+    return path[-1] == "expert_bias"
+
+
+def _grouped(table: list[Weight]) -> Iterator[tuple[Path, list[Weight]]]:
+    groups: dict[Path, list[Weight]] = {}
+    for weight in table:
+        groups.setdefault(weight.path, []).append(weight)
+    return iter(groups.items())
+
+
+def _lookup(tree: Tree, path: Path) -> Any:
+    for key in path:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return None
+        tree = tree[key]
+    return tree
+
+
+def _insert(tree: Tree, path: Path, leaf: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = leaf
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def _check_parameters(table: list[Weight], params: Tree, buffers: Tree) -> None:
+    """Refuses parameters that are not exactly those of the configuration."""
+    known = set()
+    for path, weights in _grouped(table):
+        leaf = _lookup(buffers if _is_buffer(path) else params, path)
+        shape = weights[0].own_shape if weights[0].expert is None else (len(weights), *weights[0].own_shape)
+        if leaf is None or leaf.shape != shape:
+            found = "is missing" if leaf is None else f"has shape {leaf.shape}"
+            raise ValueError(f"parameter {_dotted(path)} {found}; the configuration wants shape {shape}")
+        known.add(path)
+    for leaf_path, _ in jax.tree_util.tree_flatten_with_path((params, buffers))[0]:
+        path = tuple(key.key for key in leaf_path[1:])
+        if path not in known:
+            raise ValueError(f"parameter {_dotted(path)} has no place in a Hugging Face checkpoint of this configuration")
+
+
+def _check_tokenizer(config: ModelConfig, size: int) -> None:
+    wanted = config.tokenizer_vocab_size
+    if size > config.vocab_size or wanted not in (None, size):
+        rows = f"vocab_size {config.vocab_size}" if wanted is None else f"tokenizer_vocab_size {wanted}"
+        raise ValueError(f"the tokenizer has {size} ids, the model {rows}; export the tokenizer that the model was trained with")
+
+
+def _write_weights(
+    table: list[Weight], params: Tree, buffers: Tree, folder: epath.Path, dtype: np.dtype, max_shard_bytes: int
+) -> dict[str, str]:
+    """Writes the shards and their index; returns each shard's SHA-256."""
+    by_name = {weight.name: weight for weight in table}
+    specs = [TensorSpec(w.name, np.dtype(np.float32) if _is_buffer(w.path) else dtype, w.shape) for w in table]
+    shards: list[list[TensorSpec]] = [[]]
+    for spec in specs:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + spec.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(spec)
+    held: dict[Path, np.ndarray] = {}  # the stack whose experts are being written, so that it is fetched once
+
+    def tensor(name: str) -> np.ndarray:
+        weight = by_name[name]
+        if weight.path not in held:
+            held.clear()
+            held[weight.path] = _on_host(_lookup(buffers if _is_buffer(weight.path) else params, weight.path))
+        return weight.to_checkpoint(held[weight.path])
+
+    if len(shards) == 1:
+        return {_SINGLE: write_safetensors(folder / _SINGLE, specs, tensor)}
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    digests = {file: write_safetensors(folder / file, shard, tensor) for file, shard in zip(files, shards, strict=True)}
+    weight_map = {spec.name: file for file, shard in zip(files, shards, strict=True) for spec in shard}
+    _write_json(folder / _INDEX, {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map})
+    return digests
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """A jax.Array keeps the host copy that it was asked for as long as it lives; asked of a copy, both can go."""
+    return np.asarray(jnp.copy(leaf)) if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+
+def _stored_tensors(folder: epath.Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder, none of them read; a single file goes before an index, as in transformers."""
+    if (folder / _SINGLE).exists():
+        return {tensor.spec.name: tensor for tensor in read_header(folder / _SINGLE)}
+    if not (folder / _INDEX).exists():
+        loose = sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")
+        found = f"only shards ({loose[0]}, ...): the index is missing" if loose else "no other .safetensors file"
+        raise FileNotFoundError(f"{folder} has neither {_SINGLE} nor {_INDEX}, {found}; fetch the folder again")
+    weight_map = _read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{folder / _INDEX}: weight_map must map tensor names to file names")
+    tensors = {}
+    for name in sorted(set(weight_map.values())):
+        first = min(tensor for tensor, file in weight_map.items() if file == name)
+        if "/" in name or not (folder / name).exists():
+            raise FileNotFoundError(f"{folder}: shard {name!r} is missing, which should hold {first}; fetch the folder again")
+        for tensor in read_header(folder / name):
+            if weight_map.get(tensor.spec.name) != name:
+                raise ValueError(f"{folder}: tensor {tensor.spec.name!r} is in {name}, but not so in {_INDEX}")
+            tensors[tensor.spec.name] = tensor
+    absent = sorted(set(weight_map) - set(tensors))
+    if absent:
+        raise ValueError(f"{folder}: tensor {absent[0]!r} is not in {weight_map[absent[0]]}, where {_INDEX} has it")
+    return tensors
+
+
+def _match(
+    table: list[Weight], tensors: dict[str, StoredTensor], config: ModelConfig, folder: epath.Path
+) -> dict[str, StoredTensor]:
+    """The stored tensor of each weight, by the weight's name in the table."""
+    matched, rest = {}, dict(tensors)
+    for weight in table:
+        name = next((name for name in (weight.name, *weight.aliases) if name in rest), None)
+        if name is None:
+            missing = [w.name for w in table if not {w.name, *w.aliases} & set(tensors)]
+            raise ValueError(f"{folder}: tensor {weight.name!r} is missing ({len(missing)} of {len(table)})")
+        tensor = matched[weight.name] = rest.pop(name)
+        if tensor.spec.shape != weight.shape:
+            raise ValueError(f"{folder}: tensor {name!r} has shape {tensor.spec.shape}, config.json means {weight.shape}")
+    head = rest.get("lm_head.weight")
+    if config.tie_embeddings and head is not None:
+        # Some writers store the tied head a second time.
+        if not np.array_equal(head.read(), matched["model.embed_tokens.weight"].read()):
+            raise ValueError(f"{folder}: lm_head.weight differs from the embedding, but config.json ties them")
+        del rest["lm_head.weight"]
+    if rest:
+        raise ValueError(f"{folder}: tensor {min(rest)!r} has no place in this architecture ({len(rest)} such tensors)")
+    return matched
+
+
+def _assemble(weights: list[Weight], stored: dict[str, StoredTensor]) -> np.ndarray:
+    """One of our arrays from its tensor, or from those of its experts."""
+    shape = weights[0].own_shape if weights[0].expert is None else (len(weights), *weights[0].own_shape)
+    array = np.empty(shape, np.float32)
+    for weight in weights:
+        array[... if weight.expert is None else weight.expert] = weight.from_checkpoint(stored[weight.name].read())
+    return array
+
+
+def _check_manifest(folder: epath.Path) -> None:
+    if not (folder / _MANIFEST).exists():
+        return
+    for name, expected in _read_json(folder / _MANIFEST).get("sha256", {}).items():
+        file = folder / name
+        if not file.exists():
+            raise FileNotFoundError(f"{folder}: {name} is missing, which {_MANIFEST} lists; export or fetch the folder again")
+        if _sha256(file) != expected:
+            raise ValueError(f"{folder}: {name} is not the file that was exported; if that is meant, remove {_MANIFEST}")
+
+
+def _sha256(file: epath.Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _write_json(file: epath.Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _read_json(file: epath.Path) -> dict[str, Any]:
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing; is {file.parent} the folder of a Hugging Face model?")
+    try:
+        content = json.loads(file.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content

@@ -1,0 +1,139 @@
+"""The table between the decoder's parameters and the tensors of a Hugging Face checkpoint.
+
+Every parameter has one entry. PyTorch's linear layers hold [out, in] where ours hold [in, out]; a Conv1d holds
+[channels, 1, width]; and a checkpoint has a tensor for each expert where we have a stack.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from lfm_jax.interop.huggingface_config import Family, family
+from lfm_jax.models import Decoder, ModelConfig, functional
+
+Path = tuple[str | int, ...]
+
+# same: as it is. flat: one axis. linear: [in, *out] -> [out, in]. merged: [*in, out] -> [out, in]. taps: [width, channels] ->
+# [channels, 1, width].
+_Layout = Literal["same", "flat", "linear", "merged", "taps"]
+
+
+class _Entry(NamedTuple):
+    """name: behind the layer's prefix; "{}" stands for the expert. aliases: other names that checkpoints use."""
+
+    name: str
+    layout: _Layout
+    aliases: tuple[str, ...] = ()
+
+
+class Weight(NamedTuple):
+    """One tensor of a checkpoint.
+
+    path: of our parameter or buffer. expert: its index in our stack, or None. name, aliases: full names in the checkpoint.
+    shape, own_shape: of the tensor there and of our array (without the axis of experts).
+    """
+
+    path: Path
+    expert: int | None
+    name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...]
+    own_shape: tuple[int, ...]
+    transposed: bool
+
+    def to_checkpoint(self, own: np.ndarray) -> np.ndarray:
+        """Our array (the whole stack for an expert) as the checkpoint's tensor; a view wherever NumPy can make one."""
+        own = own if self.expert is None else own[self.expert]
+        return (own.reshape(-1, self.shape[0]).T if self.transposed else own).reshape(self.shape)
+
+    def from_checkpoint(self, tensor: np.ndarray) -> np.ndarray:
+        """The inverse, without the axis of experts."""
+        return (tensor.reshape(self.shape[0], -1).T if self.transposed else tensor).reshape(self.own_shape)
+
+
+_MODEL = {
+    "embed.embedding": _Entry("model.embed_tokens.weight", "same"),
+    "final_norm.scale": _Entry("model.embedding_norm.weight", "same"),
+    "lm_head": _Entry("lm_head.weight", "linear"),
+}
+_LAYER = {
+    "operator_norm.scale": _Entry("operator_norm.weight", "same"),
+    "ffn_norm.scale": _Entry("ffn_norm.weight", "same"),
+    "post_operator_norm.scale": _Entry("post_operator_norm.weight", "same"),
+    "post_ffn_norm.scale": _Entry("post_ffn_norm.weight", "same"),
+    "conv.in_proj": _Entry("conv.in_proj.weight", "linear"),
+    "conv.in_bias": _Entry("conv.in_proj.bias", "flat"),
+    "conv.kernel": _Entry("conv.conv.weight", "taps"),
+    "conv.kernel_bias": _Entry("conv.conv.bias", "same"),
+    "conv.out_proj": _Entry("conv.out_proj.weight", "linear"),
+    "conv.out_bias": _Entry("conv.out_proj.bias", "same"),
+    "attention.q_proj": _Entry("self_attn.q_proj.weight", "linear"),
+    "attention.k_proj": _Entry("self_attn.k_proj.weight", "linear"),
+    "attention.v_proj": _Entry("self_attn.v_proj.weight", "linear"),
+    # Published checkpoints say gate_proj, transformers' module g_proj.
+    "attention.gate_proj": _Entry("self_attn.gate_proj.weight", "linear", ("self_attn.g_proj.weight",)),
+    "mlp.gate": _Entry("feed_forward.w1.weight", "linear"),
+    "mlp.up": _Entry("feed_forward.w3.weight", "linear"),
+    "mlp.down": _Entry("feed_forward.w2.weight", "linear"),
+    "moe.router": _Entry("feed_forward.gate.weight", "linear"),
+    "moe.expert_bias": _Entry("feed_forward.expert_bias", "same"),
+    "moe.gate": _Entry("feed_forward.experts.{}.w1.weight", "linear"),
+    "moe.up": _Entry("feed_forward.experts.{}.w3.weight", "linear"),
+    "moe.down": _Entry("feed_forward.experts.{}.w2.weight", "linear"),
+}
+_LFM2_ATTENTION = {
+    "attention.q_norm.scale": _Entry("self_attn.q_layernorm.weight", "same"),
+    "attention.k_norm.scale": _Entry("self_attn.k_layernorm.weight", "same"),
+    "attention.out_proj": _Entry("self_attn.out_proj.weight", "merged"),
+}
+_LFM3_ATTENTION = {
+    "attention.q_norm.scale": _Entry("self_attn.q_norm.weight", "same"),
+    "attention.k_norm.scale": _Entry("self_attn.k_norm.weight", "same"),
+    "attention.out_proj": _Entry("self_attn.o_proj.weight", "merged"),
+}
+_ATTENTION: dict[Family, dict[str, _Entry]] = {"lfm2": _LFM2_ATTENTION, "lfm2_moe": _LFM2_ATTENTION, "lfm3": _LFM3_ATTENTION}
+
+
+def weight_table(config: ModelConfig) -> list[Weight]:
+    """Every tensor of the checkpoint of `config`; the tensors of one of our arrays stand together.
+
+    Raises:
+      ValueError: no Hugging Face architecture has this configuration.
+    """
+    names = _LAYER | _ATTENTION[family(config)]
+    functions = functional(lambda rngs: Decoder(config, rngs=rngs))
+    table = []
+    for tree in (functions.abstract_params, functions.abstract_buffers):
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            path = tuple(key.key for key in keys)
+            prefix = f"model.layers.{path[1]}." if path[0] == "layers" else ""
+            entry = names[".".join(path[2:])] if prefix else _MODEL[".".join(path)]
+            table += _weights(path, prefix, entry, leaf.shape)
+    return table
+
+
+def _weights(path: Path, prefix: str, entry: _Entry, shape: tuple[int, ...]) -> list[Weight]:
+    stacked = "{}" in entry.name
+    own_shape = shape[1:] if stacked else shape
+    other = {
+        "same": own_shape,
+        "flat": (math.prod(own_shape),),
+        "linear": (math.prod(own_shape[1:]), own_shape[0]),
+        "merged": (own_shape[-1], math.prod(own_shape[:-1])),
+        "taps": (own_shape[-1], 1, own_shape[0]),
+    }[entry.layout]
+    transposed = entry.layout not in ("same", "flat")
+    return [
+        Weight(
+            path=path,
+            expert=expert,
+            name=prefix + entry.name.format(expert),
+            aliases=tuple(prefix + alias for alias in entry.aliases),
+            shape=other,
+            own_shape=own_shape,
+            transposed=transposed,
+        )
+        for expert in (range(shape[0]) if stacked else [None])
+    ]
