@@ -1,5 +1,6 @@
 """Configurations: nested frozen dataclasses, built from plain mappings with every mistake named where it was made."""
 
+import ast
 import dataclasses
 import difflib
 import functools
@@ -17,16 +18,21 @@ class ConfigError(ValueError):
     """A mistake of the user's in a configuration or on the command line; the text is all that the user is shown."""
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """Ends a message about the unknown `name`: the nearest valid choice where one is near, and all of them.
+def nearest(name: str, choices: Iterable[str], listed: Iterable[str] | None = None) -> str:
+    """Ends a message about the unknown `name`: the nearest of the valid choices where one is near, and all of them.
 
-    >>> nearest("lr", ["learning_rate", "steps"])
-    'Valid choices: learning_rate, steps.'
+    Args:
+      name: what was given.
+      choices: what would have been valid.
+      listed: names to list in place of `choices`, where those are too many to read.
+
+    >>> nearest("learning_rte", ["learning_rate", "steps"])
+    "Did you mean 'learning_rate'? Valid choices: learning_rate, steps."
     """
-    choices = sorted(choices)
+    choices = list(choices)
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-    listed = f"Valid choices: {', '.join(choices)}." if choices else "There is nothing to choose from."
-    return f"Did you mean {near[0]!r}? {listed}" if near else listed
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Valid choices: {', '.join(choices if listed is None else listed)}."
 
 
 def from_mapping(cls: type[T], mapping: Mapping[str, Any]) -> T:
@@ -37,7 +43,8 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any]) -> T:
 
     Args:
       cls: the dataclass.
-      mapping: field names to values, e.g. an `ml_collections.ConfigDict` or the content of a JSON file.
+      mapping: field names to values, e.g. an `ml_collections.ConfigDict` or the content of a JSON file; a nested dataclass may
+        also be there as an instance.
 
     Raises:
       ConfigError: an unknown field (the nearest is named), a missing one, a value of the wrong type, or a value that the
@@ -51,6 +58,41 @@ def to_mapping(instance: Any) -> dict[str, Any]:
     return {field.name: _plain(getattr(instance, field.name)) for field in dataclasses.fields(instance)}
 
 
+def override(cls: type, mapping: dict[str, Any], path: str, text: str) -> None:
+    """Sets the field at the dotted `path` of a mapping meant for `cls`, in place, to what `text` says.
+
+    The field's declared type decides how the text is read, so a field that the mapping leaves to its default, or that is None in
+    it, can be set as well. Sequences are written as `1,2,3`.
+
+    Raises:
+      ConfigError: there is no such field, or the text is no value for it.
+    """
+    kinds = field_types(cls)
+    if path not in kinds:
+        siblings = [known for known in kinds if known.rpartition(".")[0] == path.rpartition(".")[0]]
+        outermost = [known for known in kinds if "." not in known]
+        raise ConfigError(f"{path}: no such field. {nearest(path, kinds, siblings or outermost)}")
+    value = _parse(kinds[path], text, path)
+    *parents, last = path.split(".")
+    for name in parents:
+        if dataclasses.is_dataclass(mapping.get(name)):
+            mapping[name] = to_mapping(mapping[name])
+        mapping[name] = dict(mapping.get(name) or {})
+        mapping = mapping[name]
+    mapping[last] = value
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """The declared type of every field of `cls` and of the dataclasses in it, by dotted path."""
+    kinds = {}
+    for name, kind in _own_types(cls).items():
+        kinds[name] = kind
+        for member in (kind, *get_args(kind)):
+            if dataclasses.is_dataclass(member) and get_origin(kind) is not tuple:
+                kinds.update({f"{name}.{path}": inner for path, inner in field_types(member).items()})
+    return kinds
+
+
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one mapping from dotted paths to values.
 
@@ -60,7 +102,7 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in mapping.items():
         path = _join(prefix, key)
-        flat.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
+        flat.update(flatten(value, path) if _is_mapping(value) else {path: value})
     return flat
 
 
@@ -76,15 +118,20 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping) or hasattr(value, "keys")  # a ConfigDict is no Mapping
+
+
 @functools.cache
-def _field_types(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def _own_types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
 def _build_dataclass(cls: type, mapping: Any, path: str) -> Any:
     if isinstance(mapping, cls):
         return mapping
-    if not isinstance(mapping, Mapping):
+    if not _is_mapping(mapping):
         raise ConfigError(_wrong_type(path, cls, mapping))
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for name in mapping:
@@ -93,8 +140,8 @@ def _build_dataclass(cls: type, mapping: Any, path: str) -> Any:
     required = [name for name, field in fields.items() if field.default is _MISSING and field.default_factory is _MISSING]
     absent = [_join(path, name) for name in required if name not in mapping]
     if absent:
-        raise ConfigError(f"{', '.join(absent)}: no value was given and there is no default; set it in the config file.")
-    hints = _field_types(cls)
+        raise ConfigError(f"{', '.join(absent)}: there is no default, so a value must be given.")
+    hints = _own_types(cls)
     values = {name: _build(hints[name], mapping[name], _join(path, name)) for name in mapping}
     try:
         return cls(**values)
@@ -155,6 +202,22 @@ def _build_tuple(members: Sequence[Any], value: Any, path: str) -> tuple:
     return tuple(_build(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(members, value, strict=True)))
 
 
+def _parse(kind: Any, text: str, path: str) -> Any:
+    """The value that `text` has as the type `kind`: a Python literal, true or false, a plain string, or strings with commas."""
+    readings: list[Any] = []
+    try:
+        readings.append(ast.literal_eval(text))
+    except (ValueError, SyntaxError):
+        pass
+    readings += [{"true": True, "false": False}.get(text.lower(), text), text, text.split(",")]
+    for reading in readings:
+        try:
+            return _build(kind, reading, path)
+        except ConfigError:
+            continue
+    return _build(kind, readings[0], path)  # raises: the most literal reading gives the clearest message
+
+
 def _describe(kind: Any) -> str:
     """A type in words for a message."""
     origin = get_origin(kind)
@@ -168,7 +231,8 @@ def _describe(kind: Any) -> str:
         return f"a sequence of {_describe(members[0])}" if several else f"({', '.join(map(_describe, members))})"
     if dataclasses.is_dataclass(kind):
         return f"the fields of {kind.__name__} ({', '.join(field.name for field in dataclasses.fields(kind))})"
-    return "None" if kind is type(None) else getattr(kind, "__name__", str(kind))
+    names = {bool: "true or false", type(None): "None", int: "a whole number", float: "a number", str: "text"}
+    return names[kind] if kind in names else getattr(kind, "__name__", str(kind))
 
 
 def _wrong_type(path: str, kind: Any, value: Any) -> str:
