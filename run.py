@@ -202,7 +202,10 @@ def _run(arguments: list[str]) -> None:
 
     workdir = epath.Path(values.workdir)
     _check_workdir(workdir / "config.json", run, values.allow_config_change)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir} cannot be made ({error.strerror}): name a folder, new or a run's.") from error
     write_json(workdir / "config.json", run.record)
     run.main(run.config, workdir)
 

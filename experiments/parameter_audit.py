@@ -4,9 +4,11 @@ import dataclasses
 
 from etils import epath
 
+from experiments.report import format_figure
 from experiments.results import write_results
 from lfm_jax.models import ModelConfig, preset
-from lfm_jax.models.accounting import CacheBytes, active_parameter_count, cache_bytes, parameter_groups
+from lfm_jax.models.accounting import GROUPS, active_parameter_count, cache_bytes, parameter_groups
+from lfm_jax.models.cache import CacheBytes
 
 # A block of 32 four-bit weights and a float16 scale (llama.cpp's Q4_0).
 BITS_PER_WEIGHT_4BIT = 4.5
@@ -19,6 +21,12 @@ class Config:
     presets: tuple[str, ...]
     peers: bool = True
     context: int = 32_768
+
+    def __post_init__(self):
+        for name in self.presets:
+            preset(name)  # raises where there is none
+        if self.context < 1:
+            raise ValueError(f"context must be positive, got {self.context}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +102,25 @@ def _row(name: str, result: Audit, context: int) -> dict:
         "embedding_share": result.groups["embeddings"] / total,
         "bfloat16_bytes": 2 * total,
         "four_bit_bytes": round(total * BITS_PER_WEIGHT_4BIT / 8),
-        "cache_bytes_per_token": result.cache.per_token,
+        "cache_per_token_bytes": result.cache.per_token,
         "constant_cache_bytes": result.cache.constant + result.cache.windows,
-        "cache_bytes_at_context": result.cache.total(context, result.window),
+        "context_cache_bytes": result.cache.total(context, result.window),
     }
+
+
+def _print_table(rows: list[dict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model")
+    for name in ("parameters", *GROUPS, "bfloat16", "4 bits", "cache a token", "constant", "at context"):
+        table.add_column(name.replace("_", " "), justify="right")
+    sizes = ("bfloat16_bytes", "four_bit_bytes", "cache_per_token_bytes", "constant_cache_bytes", "context_cache_bytes")
+    for row in rows:
+        shares = [format_figure(row["groups"][group] / row["parameters"], "share") for group in GROUPS]
+        figures = [format_figure(row[name], name) for name in sizes]
+        table.add_row(row["model"], format_figure(row["parameters"]), *shares, *figures)
+    Console().print(table)
 
 
 def _plot(rows: list[dict], path: epath.Path) -> None:
@@ -119,10 +142,11 @@ def _plot(rows: list[dict], path: epath.Path) -> None:
 
 
 def main(config: Config, workdir: epath.Path) -> None:
-    """Writes the table to results.json and the shares to parameters.png."""
+    """Prints the table and writes it to results.json, and the shares to parameters.png."""
     audits = {name: audit(preset(name)) for name in config.presets}
     if config.peers:
         audits |= {name: make() for name, make in PEERS.items()}
     rows = [_row(name, result, config.context) for name, result in audits.items()]
+    _print_table(rows)
     _plot(rows, workdir / "parameters.png")
     write_results(workdir, {"models": rows, "context_tokens": config.context}, config)

@@ -39,7 +39,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     workdir = epath.Path(workdir)
     results = json.loads((workdir / "results.json").read_text())
     figures = {name: value for name, value in results.items() if name not in (*_ABOUT, "samples")}
-    tables = {name: value for name, value in figures.items() if _is_table(value)}
+    tables = {name: [flatten(row) for row in value] for name, value in figures.items() if _is_table(value)}
     scalars = {name: value for name, value in figures.items() if name not in tables}
     launch = _read_json(workdir / "config.json")
     page = _template().render(

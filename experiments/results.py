@@ -116,10 +116,12 @@ def _print_table(results: Mapping[str, Any], path: epath.Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(str(path)), title_justify="left")
+    table = Table()
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in results.items():
         if not isinstance(value, dict | list):
             table.add_row(Text(name), Text(format_figure(value, name)))
-    Console().print(table)
+    console = Console()
+    console.print(Text(str(path)), soft_wrap=True)
+    console.print(table)

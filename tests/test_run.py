@@ -109,6 +109,7 @@ def test_the_same_command_resumes(calls):
         (["--config=toy.txt"], "--config=toy.txt: not a Python file."),
         (["--config=toy.py:lng", "--workdir=out"], "--config=toy.py:lng: 'lng' is no length; did you mean 'long'?"),
         (["--config=toy.py"], "--workdir is missing: name the folder"),
+        (["--config=toy.py", "--workdir=toy.txt"], "--workdir=toy.txt cannot be made (File exists): name a folder"),
         (["--config=toy.py", "--config.steps"], "--config.steps needs a value: --config.steps=VALUE."),
         (["--config=toy.py", "--config.steps", "--workdir=out"], "--config.steps needs a value"),
         (
@@ -208,3 +209,18 @@ def test_a_mistake_on_the_shell_exits_with_2_and_no_traceback():
     assert told.returncode == 2 and told.stdout == ""
     assert told.stderr.startswith("run.py: --config.contxt: no such field. Did you mean 'context'?")
     assert not (ROOT / "unused").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "override", "message"),
+    [
+        ("configs/parameter_audit.py", "presets=lfm2_350", "no model preset 'lfm2_350'; did you mean 'lfm2_350m'?"),
+        ("configs/benchmarks/short_conv.py", "chips=v5", "chips: 'v5' is none. Did you mean 'v5p'? Valid choices: v5e, "),
+        ("configs/benchmarks/short_conv.py", "presets=lfm3", "no model preset 'lfm3'; did you mean 'lfm3_1_7b'?"),
+    ],
+)
+def test_a_wrong_value_of_a_real_config_names_the_nearest(config, override, message, capsys, tmp_path):
+    assert run.main([f"--config={ROOT}/{config}", f"--workdir={tmp_path}/out", f"--config.{override}"]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ from etils import epath
 
 from experiments.benchmarks import tpu_compiler
 from experiments.results import write_results
+from lfm_jax.configuration import nearest
 from lfm_jax.models import preset
 from lfm_jax.sharding.chips import CHIPS
 
@@ -27,6 +28,13 @@ class Config:
     batches: tuple[int, ...] = (2, 8)
     long_seq: int = 131_072
     document_length: int = 512
+
+    def __post_init__(self):
+        unknown = [name for name in self.chips if name not in CHIPS or CHIPS[name].topology is None]
+        if unknown:
+            raise ValueError(f"chips: {unknown[0]!r} is none. {nearest(unknown[0], [n for n, c in CHIPS.items() if c.topology])}")
+        for name in self.presets:
+            preset(name)  # raises where there is none
 
 
 def build(job: dict) -> dict:

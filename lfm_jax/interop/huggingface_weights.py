@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from lfm_jax.interop.huggingface_config import Family, family
-from lfm_jax.models import Decoder, ModelConfig, functional
+from lfm_jax.models import Decoder, LayerType, ModelConfig, functional
 
 Path = tuple[str | int, ...]
 
@@ -63,17 +63,6 @@ _LAYER = {
     "ffn_norm.scale": _Entry("ffn_norm.weight", "same"),
     "post_operator_norm.scale": _Entry("post_operator_norm.weight", "same"),
     "post_ffn_norm.scale": _Entry("post_ffn_norm.weight", "same"),
-    "conv.in_proj": _Entry("conv.in_proj.weight", "linear"),
-    "conv.in_bias": _Entry("conv.in_proj.bias", "flat"),
-    "conv.kernel": _Entry("conv.conv.weight", "taps"),
-    "conv.kernel_bias": _Entry("conv.conv.bias", "same"),
-    "conv.out_proj": _Entry("conv.out_proj.weight", "linear"),
-    "conv.out_bias": _Entry("conv.out_proj.bias", "same"),
-    "attention.q_proj": _Entry("self_attn.q_proj.weight", "linear"),
-    "attention.k_proj": _Entry("self_attn.k_proj.weight", "linear"),
-    "attention.v_proj": _Entry("self_attn.v_proj.weight", "linear"),
-    # Published checkpoints say gate_proj, transformers' module g_proj.
-    "attention.gate_proj": _Entry("self_attn.gate_proj.weight", "linear", ("self_attn.g_proj.weight",)),
     "mlp.gate": _Entry("feed_forward.w1.weight", "linear"),
     "mlp.up": _Entry("feed_forward.w3.weight", "linear"),
     "mlp.down": _Entry("feed_forward.w2.weight", "linear"),
@@ -83,17 +72,37 @@ _LAYER = {
     "moe.up": _Entry("feed_forward.experts.{}.w3.weight", "linear"),
     "moe.down": _Entry("feed_forward.experts.{}.w2.weight", "linear"),
 }
-_LFM2_ATTENTION = {
-    "attention.q_norm.scale": _Entry("self_attn.q_layernorm.weight", "same"),
-    "attention.k_norm.scale": _Entry("self_attn.k_layernorm.weight", "same"),
-    "attention.out_proj": _Entry("self_attn.out_proj.weight", "merged"),
+_CONV = {
+    "operator.in_proj": _Entry("conv.in_proj.weight", "linear"),
+    "operator.in_bias": _Entry("conv.in_proj.bias", "flat"),
+    "operator.kernel": _Entry("conv.conv.weight", "taps"),
+    "operator.kernel_bias": _Entry("conv.conv.bias", "same"),
+    "operator.out_proj": _Entry("conv.out_proj.weight", "linear"),
+    "operator.out_bias": _Entry("conv.out_proj.bias", "same"),
 }
-_LFM3_ATTENTION = {
-    "attention.q_norm.scale": _Entry("self_attn.q_norm.weight", "same"),
-    "attention.k_norm.scale": _Entry("self_attn.k_norm.weight", "same"),
-    "attention.out_proj": _Entry("self_attn.o_proj.weight", "merged"),
+_ATTENTION = {
+    "operator.q_proj": _Entry("self_attn.q_proj.weight", "linear"),
+    "operator.k_proj": _Entry("self_attn.k_proj.weight", "linear"),
+    "operator.v_proj": _Entry("self_attn.v_proj.weight", "linear"),
+    # Published checkpoints say gate_proj, transformers' module g_proj.
+    "operator.gate_proj": _Entry("self_attn.gate_proj.weight", "linear", ("self_attn.g_proj.weight",)),
 }
-_ATTENTION: dict[Family, dict[str, _Entry]] = {"lfm2": _LFM2_ATTENTION, "lfm2_moe": _LFM2_ATTENTION, "lfm3": _LFM3_ATTENTION}
+_LFM2_ATTENTION = _ATTENTION | {
+    "operator.q_norm.scale": _Entry("self_attn.q_layernorm.weight", "same"),
+    "operator.k_norm.scale": _Entry("self_attn.k_layernorm.weight", "same"),
+    "operator.out_proj": _Entry("self_attn.out_proj.weight", "merged"),
+}
+_LFM3_ATTENTION = _ATTENTION | {
+    "operator.q_norm.scale": _Entry("self_attn.q_norm.weight", "same"),
+    "operator.k_norm.scale": _Entry("self_attn.k_norm.weight", "same"),
+    "operator.out_proj": _Entry("self_attn.o_proj.weight", "merged"),
+}
+
+
+def _operator(kind: LayerType, architecture: Family) -> dict[str, _Entry]:
+    if kind == "conv":
+        return _CONV
+    return _LFM3_ATTENTION if architecture == "lfm3" else _LFM2_ATTENTION
 
 
 def weight_table(config: ModelConfig) -> list[Weight]:
@@ -102,14 +111,15 @@ def weight_table(config: ModelConfig) -> list[Weight]:
     Raises:
       ValueError: no Hugging Face architecture has this configuration.
     """
-    names = _LAYER | _ATTENTION[family(config)]
+    architecture = family(config)
+    layers = [_LAYER | _operator(kind, architecture) for kind in config.layer_types]
     functions = functional(lambda rngs: Decoder(config, rngs=rngs))
     table = []
     for tree in (functions.abstract_params, functions.abstract_buffers):
         for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
             path = tuple(key.key for key in keys)
             prefix = f"model.layers.{path[1]}." if path[0] == "layers" else ""
-            entry = names[".".join(path[2:])] if prefix else _MODEL[".".join(path)]
+            entry = layers[path[1]][".".join(path[2:])] if prefix else _MODEL[".".join(path)]
             table += _weights(path, prefix, entry, leaf.shape)
     return table
 

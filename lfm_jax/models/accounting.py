@@ -4,14 +4,15 @@ Everything that reports a size or a speed (model FLOPs utilization, the paramete
 each figure is counted is said once more for readers in docs/numbers.md.
 """
 
-import dataclasses
 import math
 
 import jax
 
+from lfm_jax.models.cache import CacheBytes
 from lfm_jax.models.config import ModelConfig
 from lfm_jax.models.decoder import Decoder
 from lfm_jax.models.functional import Tree, functional
+from lfm_jax.models.operators import OPERATORS
 
 GROUPS = ("embeddings", "operators", "feed_forward", "norms")
 
@@ -22,7 +23,7 @@ def _group(path: tuple) -> str:
         return "norms"
     if names[0] in ("embed", "lm_head"):
         return "embeddings"
-    return "operators" if names[2] in ("conv", "attention") else "feed_forward"
+    return "operators" if names[2] == "operator" else "feed_forward"
 
 
 def abstract_params(config: ModelConfig) -> Tree:
@@ -56,24 +57,6 @@ def active_parameter_count(config: ModelConfig) -> int:
     return parameter_count(config) - routed * idle * 3 * config.embed_dim * config.moe.mlp_dim
 
 
-def _mean_visible(seq: int, window: int | None) -> float:
-    """Keys an average query of a causal sequence sees, itself included."""
-    reach = seq if window is None else min(window, seq)
-    return reach - reach * (reach - 1) / (2 * seq)
-
-
-def _operator_flops(config: ModelConfig, kind: str, seq: int, causal: bool) -> float:
-    embed = config.embed_dim
-    if kind == "conv":
-        # in_proj and out_proj; then B * x, the taps (a product and a sum each) and C * the sum, a channel each.
-        return 2 * embed * 3 * embed + 2 * embed * embed + embed * (2 * config.conv_width + 2)
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    projections = 2 * embed * (2 * query + 2 * key) + (2 * embed * config.num_heads if config.attention_gate else 0)
-    window = config.sliding_window if kind == "sliding_attention" else None
-    visible = _mean_visible(seq, window) if causal else seq
-    return projections + 4 * query * visible
-
-
 def _feed_forward_flops(config: ModelConfig, index: int) -> float:
     if not config.is_moe_layer(index):
         return 6 * config.embed_dim * config.mlp_dim
@@ -89,7 +72,7 @@ def forward_flops_per_token(config: ModelConfig, seq: int, *, causal: bool = Tru
     left out, as is usual; the embedding look-up costs none.
     """
     blocks = sum(
-        _operator_flops(config, kind, seq, causal) + _feed_forward_flops(config, index)
+        OPERATORS[kind].flops_per_token(config, seq, causal) + _feed_forward_flops(config, index)
         for index, kind in enumerate(config.layer_types)
     )
     return blocks + 2 * config.embed_dim * config.vocab_size
@@ -100,29 +83,10 @@ def training_flops_per_token(config: ModelConfig, seq: int, *, causal: bool = Tr
     return 3 * forward_flops_per_token(config, seq, causal=causal)
 
 
-@dataclasses.dataclass(frozen=True)
-class CacheBytes:
-    """per_token: growth with each token, full attention; windows: the most that sliding attention holds; constant: convolutions."""
-
-    per_token: float
-    windows: float
-    constant: float
-
-    def total(self, context: int, window: int | None) -> float:
-        """Bytes of one sequence at `context` tokens."""
-        filled = 1.0 if window is None else min(1.0, context / window)
-        return self.per_token * context + self.windows * filled + self.constant
-
-
 def cache_bytes(config: ModelConfig, bytes_per_value: float = 2) -> CacheBytes:
     """What decoding keeps for each sequence, at `bytes_per_value` (2: bfloat16)."""
-    key_value = 2 * config.num_kv_heads * config.head_dim * bytes_per_value
-    kinds = [config.layer_types.count(kind) for kind in ("full_attention", "sliding_attention", "conv")]
-    return CacheBytes(
-        per_token=kinds[0] * key_value,
-        windows=kinds[1] * key_value * (config.sliding_window or 0),
-        constant=kinds[2] * (config.conv_width - 1) * config.embed_dim * bytes_per_value,
-    )
+    each = [OPERATORS[kind].cache_bytes(config, bytes_per_value) for kind in config.layer_types]
+    return CacheBytes(*map(sum, zip(*each, strict=True)))
 
 
 def decode_bytes_per_token(config: ModelConfig, context: int, weight_bytes: float = 2, cache_value_bytes: float = 2) -> float:

@@ -1,14 +1,16 @@
 """Grouped-query attention with a norm on queries and keys."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lfm_jax.arrays import Hidden, Mask
-from lfm_jax.models.cache import AttentionState
-from lfm_jax.models.config import ModelConfig
+from lfm_jax.models.cache import AttentionState, CacheBytes
+from lfm_jax.models.config import ComputeConfig, ModelConfig
 from lfm_jax.models.context import Context
-from lfm_jax.models.layers import RMSNorm, apply_rope, parameter
+from lfm_jax.models.layers import RMSNorm, apply_rope, compute_dtype, parameter
 from lfm_jax.sharding import constrain
 
 
@@ -30,9 +32,14 @@ def grouped_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: 
 
 
 class Attention(nnx.Module):
-    """Attention of one block: RMSNorm over each head of q and k, rotation, softmax, and (LFM3) a sigmoid gate per head."""
+    """Attention of one block: RMSNorm over each head of q and k, rotation, softmax, and (LFM3) a sigmoid gate per head.
 
-    def __init__(self, config: ModelConfig, kind: str, *, residual_gain: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    kind: whose mask and rotation it takes from the context.
+    """
+
+    kind: ClassVar[str] = "full_attention"
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, residual_gain: float, rngs: nnx.Rngs):
         embed, heads, kv_heads, head_dim = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.q_proj = parameter(rngs, (embed, heads, head_dim), ("embed", "heads", None), embed)
         self.k_proj = parameter(rngs, (embed, kv_heads, head_dim), ("embed", "kv_heads", None), embed)
@@ -43,8 +50,7 @@ class Attention(nnx.Module):
         if config.attention_gate:
             self.gate_proj = parameter(rngs, (embed, heads), ("embed", "heads"), embed)
         self.gated = config.attention_gate
-        self.kind = kind
-        self.dtype = dtype
+        self.dtype = compute_dtype(compute)
 
     def __call__(self, x: Hidden, context: Context, state: AttentionState | None) -> tuple[Hidden, AttentionState | None]:
         project = lambda weight: jnp.einsum("bse,ehd->bshd", x, weight[...].astype(self.dtype))
@@ -65,3 +71,40 @@ class Attention(nnx.Module):
             gate = jax.nn.sigmoid(jnp.einsum("bse,eh->bsh", x, self.gate_proj[...].astype(self.dtype)).astype(jnp.float32))
             out = out * gate[..., None].astype(self.dtype)
         return jnp.einsum("bshd,hde->bse", out, self.out_proj[...].astype(self.dtype)), state
+
+    @classmethod
+    def window(cls, config: ModelConfig) -> int | None:
+        """Positions that a query sees at most, itself included; None: all before it."""
+        return None
+
+    @classmethod
+    def init_state(cls, config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> AttentionState:
+        """No token yet, and room for `capacity`."""
+        empty = jnp.zeros((batch, capacity, config.num_kv_heads, config.head_dim), dtype)
+        return AttentionState(empty, empty)
+
+    @classmethod
+    def flops_per_token(cls, config: ModelConfig, seq: int, causal: bool) -> float:
+        """The projections, and two products with the keys that an average query sees (not causal: with every key)."""
+        query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        gate = config.num_heads if config.attention_gate else 0
+        reach = min(cls.window(config) or seq, seq)
+        visible = reach - reach * (reach - 1) / (2 * seq) if causal else seq
+        return 2 * config.embed_dim * (2 * query + 2 * key + gate) + 4 * query * visible
+
+    @classmethod
+    def cache_bytes(cls, config: ModelConfig, bytes_per_value: float) -> CacheBytes:
+        """A key and a value for each token, or for each of the window."""
+        token, window = 2 * config.num_kv_heads * config.head_dim * bytes_per_value, cls.window(config)
+        return CacheBytes(per_token=token) if window is None else CacheBytes(windows=token * window)
+
+
+class SlidingAttention(Attention):
+    """The same over the last `sliding_window` positions, with a rotation of its own."""
+
+    kind = "sliding_attention"
+
+    @classmethod
+    def window(cls, config: ModelConfig) -> int | None:
+        """See `Attention.window`."""
+        return config.sliding_window

@@ -1,11 +1,8 @@
 """What a decoder remembers between calls."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-
-from lfm_jax.models.config import ModelConfig
 
 
 class AttentionState(NamedTuple):
@@ -28,18 +25,23 @@ class ConvState(NamedTuple):
 
 
 class DecoderCache(NamedTuple):
-    """One sequence a row. lengths: [batch] int32, tokens seen so far; layers: one state a block."""
+    """One sequence a row. lengths: [batch] int32, tokens seen so far; layers: the state of each block's operator."""
 
     lengths: jax.Array
-    layers: tuple[AttentionState | ConvState, ...]
+    layers: tuple[Any, ...]
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> DecoderCache:
-    """An empty cache with room for `capacity` tokens a row.
+class CacheBytes(NamedTuple):
+    """Of one sequence.
 
-    Tokens beyond the capacity are not stored, and a traced program cannot say so: whoever decodes checks the length first.
+    per_token: growth with each token (full attention); windows: the most that sliding attention holds; constant: convolutions.
     """
-    attention = jnp.zeros((batch, capacity, config.num_kv_heads, config.head_dim), dtype)
-    conv = jnp.zeros((batch, config.conv_width - 1, config.embed_dim), dtype)
-    layers = tuple(ConvState(conv) if kind == "conv" else AttentionState(attention, attention) for kind in config.layer_types)
-    return DecoderCache(lengths=jnp.zeros(batch, jnp.int32), layers=layers)
+
+    per_token: float = 0
+    windows: float = 0
+    constant: float = 0
+
+    def total(self, context: int, window: int | None) -> float:
+        """Bytes of one sequence at `context` tokens."""
+        filled = 1.0 if window is None else min(1.0, context / window)
+        return self.per_token * context + self.windows * filled + self.constant

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 from typing import Literal, get_args
 
+# The class of each is in lfm_jax.models.operators.
 LayerType = Literal["conv", "full_attention", "sliding_attention"]
 
 

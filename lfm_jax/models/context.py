@@ -33,7 +33,7 @@ def _window(mask: Mask, distance: jax.Array, kind: str, config: ModelConfig) -> 
 
 
 def _attention_kinds(config: ModelConfig) -> list[str]:
-    return sorted(set(config.layer_types) - {"conv"})
+    return [kind for kind in ("full_attention", "sliding_attention") if kind in config.layer_types]
 
 
 def _rope(config: ModelConfig, positions: Positions) -> dict[str, tuple[jax.Array, jax.Array]]:

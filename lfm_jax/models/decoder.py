@@ -1,19 +1,18 @@
 """The language model: embedding, blocks, final norm, logits."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lfm_jax.arrays import Hidden, Logits, Positions, SegmentIds, Tokens
-from lfm_jax.models.attention import Attention
-from lfm_jax.models.cache import AttentionState, ConvState, DecoderCache
+from lfm_jax.models.cache import DecoderCache
 from lfm_jax.models.config import ComputeConfig, ModelConfig
 from lfm_jax.models.context import Context, cached_context, training_context
-from lfm_jax.models.layers import MLP, Embedding, RMSNorm, parameter
+from lfm_jax.models.layers import MLP, Embedding, RMSNorm, compute_dtype, parameter
 from lfm_jax.models.moe import MoE
-from lfm_jax.models.short_conv import ShortConv
+from lfm_jax.models.operators import OPERATORS
 from lfm_jax.sharding import constrain
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
@@ -28,39 +27,28 @@ class DecoderOutput(NamedTuple):
     router_counts: jax.Array | None
 
 
-def _compute_dtype(compute: ComputeConfig) -> jnp.dtype:
-    if compute.dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    return jnp.dtype(compute.dtype)
-
-
 class Block(nnx.Module):
     """h + operator(norm(h)), then h + feed_forward(norm(h)); LFM3 norms each branch once more before it joins."""
 
     def __init__(self, config: ModelConfig, index: int, compute: ComputeConfig, *, rngs: nnx.Rngs):
-        kind, dtype = config.layer_types[index], _compute_dtype(compute)
+        dtype = compute_dtype(compute)
         # Two branches a block join the residual; dividing each by sqrt(2 * depth) keeps its variance (GPT-2's rule).
         gain = (2 * config.num_layers) ** -0.5
         norm = lambda: RMSNorm(config.embed_dim, config.norm_eps, axis="embed")
         self.operator_norm, self.ffn_norm = norm(), norm()
         if config.sandwich_norms:
             self.post_operator_norm, self.post_ffn_norm = norm(), norm()
-        if kind == "conv":
-            self.conv = ShortConv(config, implementation=compute.short_conv, residual_gain=gain, dtype=dtype, rngs=rngs)
-        else:
-            self.attention = Attention(config, kind, residual_gain=gain, dtype=dtype, rngs=rngs)
+        self.operator = OPERATORS[config.layer_types[index]](config, compute, residual_gain=gain, rngs=rngs)
         if config.is_moe_layer(index):
             self.moe = MoE(config.embed_dim, config.moe, residual_gain=gain, dtype=dtype, rngs=rngs)
         else:
             self.mlp = MLP(config.embed_dim, config.mlp_dim, residual_gain=gain, dtype=dtype, rngs=rngs)
-        self.kind = kind
         self.routed = config.is_moe_layer(index)
         self.sandwich = config.sandwich_norms
 
-    def __call__(self, hidden: Hidden, context: Context, state: AttentionState | ConvState | None):
+    def __call__(self, hidden: Hidden, context: Context, state: Any):
         """Returns (hidden, state, router counts or None)."""
-        operator = self.conv if self.kind == "conv" else self.attention
-        branch, state = operator(self.operator_norm(hidden), context, state)
+        branch, state = self.operator(self.operator_norm(hidden), context, state)
         hidden = hidden + (self.post_operator_norm(branch) if self.sandwich else branch)
         hidden = constrain(hidden, ("batch", None, None))
         normed, counts = self.ffn_norm(hidden), None
@@ -80,7 +68,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig = ComputeConfig(), *, rngs: nnx.Rngs):
-        dtype = _compute_dtype(compute)
+        dtype = compute_dtype(compute)
         self.embed = Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([Block(config, index, compute, rngs=rngs) for index in range(config.num_layers)])
         self.final_norm = RMSNorm(config.embed_dim, config.norm_eps, axis="embed")

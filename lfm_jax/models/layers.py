@@ -5,8 +5,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lfm_jax.arrays import Hidden, Positions, Tokens
-from lfm_jax.models.config import RopeConfig
+from lfm_jax.models.config import ComputeConfig, RopeConfig
 from lfm_jax.sharding import constrain
+
+
+def compute_dtype(compute: ComputeConfig) -> jnp.dtype:
+    """The type of activations, and of the weights as they enter a matmul."""
+    if compute.dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(compute.dtype)
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:

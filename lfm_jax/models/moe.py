@@ -14,7 +14,9 @@ class ExpertBias(nnx.Variable):
     """Added to the router's scores for the choice alone. It balances the load and carries no gradient."""
 
 
-def expert_mlp(x: jax.Array, experts: jax.Array, weights: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+def expert_mlp(
+    x: jax.Array, experts: jax.Array, weights: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
+) -> jax.Array:
     """sum_k weights[t, k] * MLP_{experts[t, k]}(x[t]) as three grouped matmuls over the tokens sorted by expert.
 
     Args:

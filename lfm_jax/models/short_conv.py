@@ -6,10 +6,10 @@ from flax import nnx
 
 from lfm_jax.arrays import Hidden
 from lfm_jax.kernels import short_conv
-from lfm_jax.models.cache import ConvState
-from lfm_jax.models.config import ModelConfig
+from lfm_jax.models.cache import CacheBytes, ConvState
+from lfm_jax.models.config import ComputeConfig, ModelConfig
 from lfm_jax.models.context import Context
-from lfm_jax.models.layers import parameter
+from lfm_jax.models.layers import compute_dtype, parameter
 from lfm_jax.sharding import constrain
 
 
@@ -26,7 +26,7 @@ def _last_window(state: ConvState, bcx: jax.Array, new_lengths: jax.Array) -> Co
 class ShortConv(nnx.Module):
     """Token mixing of a conv block (LFM2; transformers `Lfm2ShortConv`)."""
 
-    def __init__(self, config: ModelConfig, *, implementation: str, residual_gain: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, residual_gain: float, rngs: nnx.Rngs):
         embed, channels, width = config.embed_dim, config.embed_dim, config.conv_width
         self.in_proj = parameter(rngs, (embed, 3, channels), ("embed", None, "channels"), embed)
         # The default of torch's Conv1d: uniform within 1 / sqrt(fan_in), and the fan-in of a depthwise tap row is its width.
@@ -39,12 +39,13 @@ class ShortConv(nnx.Module):
             self.kernel_bias = nnx.Param(jnp.zeros(channels), axes=("channels",))
             self.out_bias = nnx.Param(jnp.zeros(embed), axes=("embed",))
         self.biased = config.conv_bias
-        self.implementation = implementation
-        self.dtype = dtype
+        self.implementation = compute.short_conv
+        self.dtype = compute_dtype(compute)
 
     def __call__(self, x: Hidden, context: Context, state: ConvState | None) -> tuple[Hidden, ConvState | None]:
-        # The three parts on the leading axis: the matmul writes them apart, and no slice of a wider array is ever copied.
-        bcx = jnp.einsum("bse,epc->pbsc", x, self.in_proj[...].astype(self.dtype))
+        # The three parts on the leading axis: the matmul writes them apart, and no slice of a wider array is ever copied. An
+        # einsum to "pbsc" says the same, but TPUs get a slower matmul for it (docs/benchmarks/short_conv.md).
+        bcx = jnp.einsum("bse,epc->bspc", x, self.in_proj[...].astype(self.dtype)).transpose(2, 0, 1, 3)
         if self.biased:
             bcx = bcx + self.in_bias[...].astype(self.dtype)[:, None, None, :]
         bcx = constrain(bcx, (None, "batch", None, "channels"))
@@ -63,3 +64,18 @@ class ShortConv(nnx.Module):
         if self.biased:
             out = out + self.out_bias[...].astype(self.dtype)[None, None, :]
         return out, state
+
+    @classmethod
+    def init_state(cls, config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> ConvState:
+        """Nothing before the first token, whatever the capacity."""
+        return ConvState(jnp.zeros((batch, config.conv_width - 1, config.embed_dim), dtype))
+
+    @classmethod
+    def flops_per_token(cls, config: ModelConfig, seq: int, causal: bool) -> float:
+        """in_proj and out_proj; then B * x, the taps (a product and a sum each) and C * the sum, a channel each."""
+        return 8 * config.embed_dim**2 + config.embed_dim * (2 * config.conv_width + 2)
+
+    @classmethod
+    def cache_bytes(cls, config: ModelConfig, bytes_per_value: float) -> CacheBytes:
+        """The window, whatever the length."""
+        return CacheBytes(constant=(config.conv_width - 1) * config.embed_dim * bytes_per_value)

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from experiments import parameter_audit
-from lfm_jax.models import PRESETS
+from lfm_jax.models import PRESETS, preset
 
 
 def _count(model) -> int:
@@ -48,7 +48,20 @@ def test_qwen3_5_0_8b_equals_transformers():
     assert 100 * groups["embeddings"] / sum(groups.values()) == pytest.approx(29, abs=0.5)
 
 
-def test_audit_writes_every_preset_and_the_shares_add_up(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"presets": ("lfm2_350",)}, "no model preset 'lfm2_350'; did you mean 'lfm2_350m'"),
+        ({"presets": ("nano",), "context": 0}, "context must be positive, got 0"),
+    ],
+)
+def test_a_wrong_value_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        parameter_audit.Config(**settings)
+
+
+def test_audit_writes_every_preset_and_the_shares_add_up(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     config = parameter_audit.Config(presets=tuple(PRESETS))
     parameter_audit.main(config, epath.Path(tmp_path))
     rows = json.loads((tmp_path / "results.json").read_text())["models"]
@@ -57,3 +70,20 @@ def test_audit_writes_every_preset_and_the_shares_add_up(tmp_path):
         assert sum(row["groups"].values()) == row["parameters"]
         assert math.isclose(row["bfloat16_bytes"], 2 * row["parameters"])
     assert (tmp_path / "parameters.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert all(row["model"] in printed and f"{row['parameters']:,}" in printed for row in rows)
+    assert "18.9 %" in printed and "62.6 %" in printed
+
+
+def test_sizes_and_caches_of_the_audit_by_hand():
+    """lfm2_350m: 6 attention layers of 8 key and value heads of 64, 10 convolutions of 1,024 channels that keep 2 values each."""
+    row = parameter_audit._row("lfm2_350m", parameter_audit.audit(preset("lfm2_350m")), 4096)
+    assert row["cache_per_token_bytes"] == 6 * 2 * 8 * 64 * 2
+    assert row["constant_cache_bytes"] == 10 * 1024 * 2 * 2
+    assert row["context_cache_bytes"] == 4096 * row["cache_per_token_bytes"] + row["constant_cache_bytes"]
+    assert row["four_bit_bytes"] == 354_483_968 * 18 / 32
+    sliding = parameter_audit._row("lfm3_1_7b", parameter_audit.audit(preset("lfm3_1_7b")), 4096)
+    assert sliding["constant_cache_bytes"] == 5 * 256 * 2 * 4 * 128 * 2 + 13 * 2048 * 6 * 2
+    assert parameter_audit._row("lfm3_1_7b", parameter_audit.audit(preset("lfm3_1_7b")), 128)["context_cache_bytes"] == (
+        128 * 11 * 2 * 4 * 128 * 2 + 13 * 2048 * 6 * 2
+    )

@@ -112,6 +112,7 @@ def test_results_hold_figures_config_seed_versions_and_device(workdir, capsys):
 def test_the_printed_table_has_every_single_figure(tmp_path, capsys):
     write_results(tmp_path, {"bits_per_byte": 1.4823719, "note": "[red]x", "rows": [{"a": 1}]}, Config())
     printed = capsys.readouterr().out
+    assert f"{tmp_path}/results.json\n" in printed
     assert "bits_per_byte" in printed and "1.482" in printed and "[red]x" in printed and "rows" not in printed
 
 
@@ -160,6 +161,15 @@ def test_every_single_number_of_the_page_is_the_results_and_none_is_missing(work
         assert page.tables[name][1:] == rows
 
 
+def test_groups_within_a_row_are_columns(tmp_path):
+    rows = [{"model": "nano", "groups": {"embeddings": 1_786_432, "norms": 2_624}}, {"model": "other", "groups": {"vision": 7}}]
+    write_results(tmp_path, {"models": rows}, Config())
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.tables["models"][1:] == [[1_786_432, 2_624], [7]]
+    text = "".join(page.text)
+    assert "groups.embeddings" in text and "groups.vision" in text and "{'" not in text
+
+
 def test_shown_figures_are_the_exact_ones_rounded(page):
     text = "".join(page.text)
     for shown in ("1.482", "7,012,352", "24,831", "0.25, 0.75", "18.9 %", "18.9 MB", "3.2e-05", "yes", "no"):
@@ -194,11 +204,11 @@ def test_curves_survive_a_stopped_run(workdir, page):
 
 
 def test_a_resumed_runs_later_record_counts(tmp_path):
-    records = [{"step": 0, "train/loss": 3.0}, {"step": 1, "train/loss": 99.0}, {"step": 1, "train/loss": 2.0}]
+    records = [{"step": 0, "train/loss": 3.0}, {"step": 1, "train/loss": 77_777.0}, {"step": 1, "train/loss": 2.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     write_results(tmp_path, {}, Config())
     text = "".join(Page((tmp_path / "report.html").read_text()).text)
-    assert "step 1: 2" in text and "99" not in text
+    assert "step 1: 2" in text and "77,777" not in text
 
 
 def test_what_is_missing_is_left_out(tmp_path):

@@ -12,8 +12,9 @@ from lfm_jax.generation.sample import _choose
 from lfm_jax.models import Decoder, ModelConfig, functional
 
 CONFIG = ModelConfig(
-    vocab_size=40, embed_dim=32, layer_types=("conv", "full_attention", "conv"), num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48
-)
+    vocab_size=40, embed_dim=32, layer_types=("conv", "full_attention", "conv"), num_heads=4, num_kv_heads=2, head_dim=8,
+    mlp_dim=48,
+)  # fmt: skip
 PROMPTS = [[1, 5, 9], [1], [1, 7, 7, 2, 30, 12]]
 GREEDY = SamplingConfig(max_new_tokens=8, temperature=0)
 
@@ -79,7 +80,8 @@ def test_draws_follow_the_tempered_nucleus():
 
 
 @pytest.mark.parametrize(
-    ("prompts", "message"), [([], "0 prompts"), ([[1], []], "needs at least one token"), ([[40]], r"must be in 0..39, got 40..40")]
+    ("prompts", "message"),
+    [([], "0 prompts"), ([[1], []], "needs at least one token"), ([[40]], r"must be in 0..39, got 40..40")],
 )
 def test_bad_prompts_are_refused(weights, prompts, message):
     with pytest.raises(ValueError, match=message):

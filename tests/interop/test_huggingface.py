@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import sys
 import tracemalloc
 
 import jax
@@ -80,6 +81,8 @@ def test_tied_and_untied_export_full_logits(name, tied, padded, tmp_path):
     functions, params, buffers = _weights(config)
     folder = export_folder(config, params, buffers, tmp_path / "hf", max_shard_bytes=30_000)
     assert len(list(folder.glob("model-*.safetensors"))) > 2
+    stored = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert ("lm_head.weight" in stored) == (not tied)
     tokens = np.arange(1, 41).reshape(2, 20)
     with torch.no_grad():
         expected = _load(folder)(torch.from_numpy(tokens)).logits.numpy()
@@ -124,6 +127,27 @@ def test_unusual_architectures_generate_alike(change, tmp_path):
     ours = generate(functions, config, params, buffers, prompt, SamplingConfig(max_new_tokens=6, temperature=0), stop_ids=(7, 2))
     assert ours == [theirs]
     assert read_config(folder) == config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_batch_of_unequal_prompts_equals_transformers(name, tmp_path):
+    """Ours in one left-padded batch, theirs prompt by prompt; rows end with their first stop token, at different lengths."""
+    config = CONFIGS[name]
+    functions, params, buffers = _weights(config)
+    model = _load(export_folder(config, params, buffers, tmp_path / "hf"))
+    prompts, new = [[1, 5, 9, 13], [1], [1, 40, 41, 42, 43, 44, 45, 46, 47], [1, 7]], 12
+
+    def theirs(prompt, stop_ids):
+        options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": stop_ids, "pad_token_id": 0}
+        tokens = torch.tensor([prompt])
+        return model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0, len(prompt) :].tolist()
+
+    unstopped = [theirs(prompt, [-1]) for prompt in prompts]
+    stop_ids = (unstopped[0][4], unstopped[2][7])
+    expected = [theirs(prompt, list(stop_ids)) for prompt in prompts]
+    assert len(set(map(len, expected))) > 1 and min(map(len, expected)) < new
+    sampling = SamplingConfig(max_new_tokens=new, temperature=0)
+    assert generate(functions, config, params, buffers, prompts, sampling, stop_ids=stop_ids) == expected
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -175,6 +199,14 @@ def test_sharded_parameters_leave_and_enter_a_mesh(tmp_path):
     _assert_equal(imported.params, params)
     assert all(jax.tree.leaves(jax.tree.map(lambda leaf, source: leaf.sharding == source.sharding, imported.params, placed)))
     assert len(imported.params["layers"][0]["mlp"]["gate"].sharding.device_set) == 8
+
+
+def test_export_and_import_work_without_torch(tmp_path, monkeypatch):
+    _, params, buffers = _weights(MOE)
+    for package in ("torch", "transformers", "safetensors"):
+        monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+    folder = export_folder(MOE, params, buffers, tmp_path / "hf", dtype="bfloat16", max_shard_bytes=30_000)
+    assert import_folder(folder).config == MOE
 
 
 def _peak(action):
@@ -329,7 +361,7 @@ def _index(folder, edit):
     [
         (lambda index: index.pop("weight_map"), ValueError, "weight_map must map"),
         (lambda index: index["weight_map"].update(x="model-00001-of-00007.safetensors"), ValueError, "'x' is not in model-00001"),
-        (lambda index: index["weight_map"].pop(W1), ValueError, f"'{W1}' is in model-00005-of-00007.safetensors, but not"),
+        (lambda index: index["weight_map"].pop(W1), ValueError, f"'{W1}' is in model-00004-of-00007.safetensors, but not"),
         (lambda index: index["weight_map"].update(x="../hf/model-00001-of-00007.safetensors"), FileNotFoundError, "shard '../hf"),
     ],
     ids=["none", "absent", "unlisted", "outside"],

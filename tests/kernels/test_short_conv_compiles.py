@@ -6,13 +6,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lfm_jax.kernels import short_conv
+from lfm_jax.models import PRESETS
 from lfm_jax.sharding import MeshConfig, aot, make_mesh
 
 pytest.importorskip("libtpu")
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-# (batch, seq, channels, width): the convolutions of all presets (LFM2 has width 3, LFM3 has 7), and one long sequence.
-PRESETS = [(1, 4096, 1024, 3), (1, 4096, 1536, 3), (1, 4096, 2048, 3), (1, 4096, 2048, 7), (1, 131_072, 2048, 3)]
+# (batch, seq, channels, width): the convolutions of all presets, and one long sequence.
+CONVOLUTIONS = sorted({(config.embed_dim, config.conv_width) for config in PRESETS.values()})
+SHAPES = [*((1, 4096, *convolution) for convolution in CONVOLUTIONS), (1, 131_072, 2048, 3)]
 
 
 def _loss(bcx, weight, bias, segment_ids, state):
@@ -45,7 +47,7 @@ def _on_one_device(topology):
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("shape", PRESETS)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_preset_shapes_compile(topology, shape):
     compiled = aot.compile_for(_loss, _arguments(_on_one_device(topology), *shape))
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2

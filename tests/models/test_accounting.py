@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfm_jax.models import PRESETS, ComputeConfig, Decoder, ModelConfig, MoEConfig, functional, init_cache, preset
-from lfm_jax.models import accounting
+from lfm_jax.models import PRESETS, ComputeConfig, Decoder, ModelConfig, MoEConfig, accounting, functional, init_cache, preset
 
 SMALL = ModelConfig(
     vocab_size=50, embed_dim=8, layer_types=("conv", "full_attention", "sliding_attention"), num_heads=4, num_kv_heads=2,
@@ -23,6 +22,16 @@ def test_groups_add_up_to_the_model(name):
     config = preset(name)
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(accounting.abstract_params(config)))
     assert sum(accounting.parameter_groups(config).values()) == total
+
+
+def test_groups_by_hand():
+    assert accounting.parameter_groups(SMALL) == {
+        "embeddings": 50 * 8,
+        "operators": (8 * 24 + 4 * 8 + 8 * 8) + 2 * (8 * 24 + 2 * 8 * 12 + 24 * 8 + 8 * 4),
+        "feed_forward": 2 * 3 * 8 * 20 + 8 * 5 + 5 * 3 * 8 * 10,
+        "norms": 3 * 2 * 8 + 2 * 2 * 6 + 8,
+    }
+    assert accounting.parameter_groups(dataclasses.replace(SMALL, tie_embeddings=False))["embeddings"] == 2 * 50 * 8
 
 
 def test_flops_hand_count():
@@ -42,7 +51,7 @@ def test_flops_hand_count():
 
 @pytest.mark.parametrize("name", ["nano", "lfm3_1_7b"])
 def test_flops_agree_with_the_compiler(name):
-    """XLA counts the whole square of attention and the norms, rotations and softmax that ours leaves out: 6 % covers them here."""
+    """XLA counts all of the square of attention, and the norms, rotations and softmax that ours leaves out: 6 % covers them."""
     config = dataclasses.replace(preset(name), layer_types=preset(name).layer_types[:6])
     model = functional(lambda rngs: Decoder(config, ComputeConfig(short_conv="reference"), rngs=rngs))
 

@@ -35,6 +35,13 @@ def test_rope_phase_float32_at_long_positions(dtype, theta, fraction):
     np.testing.assert_allclose(np.asarray(ours, np.float64), expected, atol=tolerance)
 
 
+def test_rotation_of_bfloat16_values_rounds_once():
+    positions = jnp.asarray([[0, 3, 4_095, 131_071]])
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 2, 64)), jnp.bfloat16)
+    phases = rope_phases(positions, 64, RopeConfig())
+    np.testing.assert_array_equal(apply_rope(x, phases), apply_rope(x.astype(jnp.float32), phases).astype(jnp.bfloat16))
+
+
 def test_rms_norm_is_computed_in_float32_for_bfloat16_input():
     """Squares of 300 sum to 9.2e7 over 1,024 features, where bfloat16 steps are 524,288 wide."""
     x = np.random.default_rng(0).normal(300, 1, size=(3, 1024))

@@ -1,0 +1,99 @@
+"""Pre-training recipes of all architectures: 4k context, batch in tokens, schedule, mesh.
+
+On a pod slice, every host runs the same command:
+
+    python run.py --config=configs/pretrain.py:lfm2_350m --workdir=gs://BUCKET/lfm2_350m \
+        --config.data.source=gs://BUCKET/text --config.tokenizer_from=gs://BUCKET/tokenizer
+
+The argument names the architecture; without it this is `nano`, which a laptop trains on Python's standard library in an hour:
+
+    python run.py --config=configs/pretrain.py --workdir=workdirs/nano
+
+What is published of LFM2's training: 10T tokens at 4k context (12T for the mixtures of experts), of LFM2.5 28T (230M: 19T,
+8B-A1B: 38T); nothing of LFM3's, and neither learning rates nor batch sizes of any. Those here are other small models' (see
+`_RECIPES`), are not tuned for this architecture, and are a place to start from. Mid-training at 32k and annealing are runs of their
+own, with `init_from`.
+"""
+
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from lfm_jax.models import preset
+
+SEQ_LEN = 4096
+_MILLION, _TRILLION = 2**20, 10**12
+
+
+class _Recipe(NamedTuple):
+    """learning_rate: at its peak. batch: tokens of a step. tokens: of the whole run. remat: see ComputeConfig."""
+
+    learning_rate: float
+    batch: int
+    tokens: int
+    remat: str = "none"
+    weight_decay: float = 0.1
+
+
+# 3e-3 and a million tokens: SmolLM-135M and -360M (Hugging Face, 2024). 5e-4 and two million: SmolLM2-1.7B (Ben Allal et al. 2025);
+# 2e-4: SmolLM3-3B (2025). Between these sizes by a straight line in the logarithms. 4e-4, four million tokens and weight decay 0.1:
+# OLMoE-1B-7B (Muennighoff et al. 2024), whose 1.3B active parameters are closest to the mixtures here.
+_RECIPES = {
+    "lfm2_5_230m": _Recipe(3e-3, _MILLION, 19 * _TRILLION),
+    "lfm2_350m": _Recipe(3e-3, _MILLION, 10 * _TRILLION),
+    "lfm2_700m": _Recipe(1.3e-3, _MILLION, 10 * _TRILLION),
+    "lfm2_1_2b": _Recipe(8e-4, 2 * _MILLION, 10 * _TRILLION),
+    "lfm3_1_7b": _Recipe(5e-4, 2 * _MILLION, 10 * _TRILLION, "dots"),
+    "lfm2_2_6b": _Recipe(3e-4, 2 * _MILLION, 10 * _TRILLION, "dots"),
+    "lfm2_8b_a1b": _Recipe(4e-4, 4 * _MILLION, 12 * _TRILLION, "full"),
+    "lfm2_5_8b_a1b": _Recipe(4e-4, 4 * _MILLION, 38 * _TRILLION, "full"),
+    "lfm2_24b_a2b": _Recipe(3e-4, 4 * _MILLION, 12 * _TRILLION, "full"),
+}
+
+
+class _SmallRecipe(NamedTuple):
+    """For a CPU: rows of 512 tokens of Python's standard library, by a tokenizer of its own."""
+
+    learning_rate: float
+    rows: int
+    steps: int
+
+
+_SMALL = {"nano": _SmallRecipe(4e-3, 16, 6000), "micro": _SmallRecipe(3e-3, 32, 6000), "mini": _SmallRecipe(2e-3, 64, 6000)}
+
+
+def _pod(name: str, recipe: _Recipe) -> dict[str, Any]:
+    steps = recipe.tokens // recipe.batch
+    return {
+        "compute": {"dtype": "bfloat16", "remat": recipe.remat},
+        "loader": {"seq_len": SEQ_LEN, "batch_size": recipe.batch // SEQ_LEN},
+        "optimizer": {
+            "learning_rate": recipe.learning_rate,
+            "weight_decay": recipe.weight_decay,
+            "schedule": {"kind": "wsd", "warmup_steps": 2000, "decay_share": 0.1},
+        },
+        "loss": {"z_loss": 1e-4},
+        "train": {"steps": steps, "log_every": 10, "evaluate_every": 5000, "checkpoint_every": 1000, "keep_every": 100_000},
+        "evaluation_batches": 16,
+    }
+
+
+def _cpu(name: str, recipe: _SmallRecipe) -> dict[str, Any]:
+    return {
+        "tokenizer": {"vocab_size": preset(name).vocab_size},
+        "loader": {"seq_len": 512, "batch_size": recipe.rows},
+        "optimizer": {
+            "learning_rate": recipe.learning_rate,
+            "schedule": {"kind": "wsd", "warmup_steps": 100, "decay_share": 0.2},
+        },
+        "train": {"steps": recipe.steps, "log_every": 10, "evaluate_every": 1000, "checkpoint_every": 500},
+        "prompts": ("import ", "def main(", "class "),
+    }
+
+
+def get_config(argument: str = "nano") -> ConfigDict:
+    """The recipe for an architecture."""
+    name = argument or "nano"
+    model = preset(name)
+    recipe = _cpu(name, _SMALL[name]) if name in _SMALL else _pod(name, _RECIPES[name])
+    return ConfigDict({"experiment": "pretrain", "model": model, **recipe})

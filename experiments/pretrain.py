@@ -1,0 +1,187 @@
+"""From text to a trained, measured and exported language model."""
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+from etils import epath
+
+from data_pipelines import (
+    DocumentsConfig,
+    LoaderConfig,
+    TokenizerConfig,
+    TokenShards,
+    ngram_bits_per_byte,
+    training_batches,
+)
+from experiments.export import ExportConfig, export_and_check
+from experiments.held_out import HeldOut
+from experiments.prepared_data import prepare_split, prepare_tokenizer
+from experiments.results import write_results
+from experiments.stages import TOKENIZER, Stage, fit_vocabulary, load_stage, model_functions, write_model_config
+from lfm_jax.configuration import ConfigError, to_mapping
+from lfm_jax.generation import SamplingConfig, generate
+from lfm_jax.models import ComputeConfig, ModelConfig
+from lfm_jax.models.accounting import parameter_groups, training_flops_per_token
+from lfm_jax.sharding import MeshConfig, make_mesh
+from lfm_jax.training import (
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+    make_optimizer,
+    make_schedule,
+    next_token_objective,
+    read_metrics,
+    train,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A pre-training run.
+
+    init_from: a workdir or a Hugging Face folder to train on from; None: random parameters of the architecture `model`.
+    model: the architecture; None: that of init_from, which otherwise must be the same.
+    tokenizer_from: a tokenizer's file or folder; None: that of init_from, or else one is trained as `tokenizer` says.
+    loader: how rows and batches are made of the tokens. prompts: what samples begin with.
+    evaluation_batches: held-out batches that are measured on the way; None: all. At the end it is always all.
+    export: how the model is written as a Hugging Face folder at the end; None: it is not.
+    """
+
+    init_from: str | None = None
+    model: ModelConfig | None = None
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: DocumentsConfig = DocumentsConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokenizer_from: str | None = None
+    loader: LoaderConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig
+    evaluation_batches: int | None = None
+    prompts: tuple[str, ...] = ()
+    sampling: SamplingConfig = SamplingConfig()
+    export: ExportConfig | None = ExportConfig()
+
+    def __post_init__(self):
+        if self.init_from is None and self.model is None:
+            raise ValueError("give model, to start anew, or init_from, to go on from a trained one")
+        make_schedule(self.optimizer.schedule, self.optimizer.learning_rate, self.train.steps)  # refuses what does not fit
+
+
+def main(config: Config, workdir: epath.Path) -> None:
+    """Prepares the text, trains, measures on the held-out split, samples, exports, and writes every figure."""
+    watch = _Stopwatch()
+    mesh = make_mesh(config.mesh)
+    before = None if config.init_from is None else load_stage(config.init_from, config.compute, mesh)
+    tokenizer_from = config.tokenizer_from or (before and str(before.tokenizer_path))
+    tokenizer = prepare_tokenizer(workdir, config.data, config.tokenizer, tokenizer_from)
+    watch.lap("tokenizer")
+    shards = {split: prepare_split(workdir, config.data, split, tokenizer) for split in ("train", "held_out")}
+    watch.lap("tokens")
+    model = fit_vocabulary(_architecture(config, before), tokenizer)
+    write_model_config(workdir, model)
+    functions = model_functions(model, config.compute)
+    held_out = HeldOut(shards["held_out"], tokenizer, functions, config.loader.seq_len, config.loader.batch_size, mesh)
+    trained = train(
+        config.train,
+        functions=functions,
+        optimizer=make_optimizer(config.optimizer, config.train.steps),
+        objective=next_token_objective(config.loss),
+        batches=training_batches(shards["train"], config.loader, tokenizer),
+        mesh=mesh,
+        workdir=workdir,
+        run_config=to_mapping(config),
+        evaluate=lambda params, buffers: held_out.measure(params, buffers, most_batches=config.evaluation_batches),
+        initial=None if before is None else (before.params, before.buffers),
+        flops_per_token=training_flops_per_token(model, config.loader.seq_len),
+    )
+    watch.lap("training")
+    params, buffers = trained.state.params, trained.state.buffers
+    stage = Stage(model, functions, params, buffers, tokenizer, workdir / TOKENIZER, config.train.steps)
+    figures = held_out.measure(params, buffers)
+    figures |= ngram_bits_per_byte(shards["train"], shards["held_out"], tokenizer)
+    watch.lap("evaluation")
+    figures |= _figures_of_training(config, workdir, model, shards["train"])
+    figures["samples"] = _samples(config, stage)
+    watch.lap("samples")
+    if config.export is not None:
+        figures |= export_and_check(config.export, stage, workdir)
+        watch.lap("export")
+    figures |= {"seconds": sum(watch.seconds.values()), "seconds_by_part": watch.seconds, "resumed_at_step": trained.started_at}
+    write_results(workdir, figures, config)
+
+
+def _architecture(config: Config, before: Stage | None) -> ModelConfig:
+    if before is None or config.model is None:
+        return config.model if before is None else before.config
+    wanted, found = to_mapping(config.model), to_mapping(before.config)
+    names = [name for name in wanted if name != "tokenizer_vocab_size" and wanted[name] != found[name]]
+    if names:
+        differences = "; ".join(f"model.{name} is {wanted[name]}, but {found[name]} in init_from" for name in names)
+        raise ConfigError(f"{differences}. Set them alike, or give --config.model=None to take the architecture of init_from.")
+    return before.config
+
+
+class _Stopwatch:
+    """Seconds of the parts of a run, by name."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """What came since the last lap was `name`."""
+        now = time.monotonic()
+        self.seconds[name], self._last = now - self._last, now
+
+
+def _figures_of_training(config: Config, workdir: epath.Path, model: ModelConfig, shards: TokenShards) -> dict[str, Any]:
+    """What was trained on how much, how fast, and where the parameters are; also draws loss.png."""
+    metrics = read_metrics(workdir)
+    _plot_loss(metrics, workdir / "loss.png")
+    rates = [record["train/tokens_per_second"] for record in metrics if "train/tokens_per_second" in record]
+    groups = parameter_groups(model)
+    total = sum(groups.values())
+    return {
+        "tokens_per_second": statistics.median(rates) if rates else None,
+        "steps": config.train.steps,
+        "tokens_trained": config.train.steps * config.loader.batch_size * config.loader.seq_len,
+        "tokens_in_training_split": shards.tokens,
+        "bytes_per_token": shards.text_bytes / shards.tokens,
+        "parameters": total,
+        "parameter_audit": [
+            {"group": group, "parameters": count, "share": count / total} for group, count in groups.items()
+        ],
+    }
+
+
+def _plot_loss(metrics: list[dict[str, float]], path: epath.Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label in (("train/nll", "training"), ("eval/nll_per_token", "held-out")):
+        points = [(record["step"], record[name]) for record in metrics if name in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1, marker="o" if name.startswith("eval") else None)
+    axes.set(xlabel="step", ylabel="nll per token, nats")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def _samples(config: Config, stage: Stage) -> list[dict[str, str]]:
+    """A continuation of each prompt."""
+    if not config.prompts:
+        return []
+    tokenizer = stage.tokenizer
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in config.prompts]
+    new = generate(
+        stage.functions, stage.config, stage.params, stage.buffers, prompts, config.sampling, stop_ids=(tokenizer.eos_id,)
+    )
+    continued = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id]) for ids in new]
+    return [{"prompt": prompt, "text": text} for prompt, text in zip(config.prompts, continued, strict=True)]

@@ -1,0 +1,104 @@
+"""A stage is a folder with a trained model: the workdir of a run, or a Hugging Face folder. The next stage starts from it."""
+
+import dataclasses
+import json
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+from data_pipelines import Tokenizer, load_tokenizer
+from experiments.results import write_json
+from lfm_jax.configuration import ConfigError, from_mapping, to_mapping
+from lfm_jax.interop import import_folder, read_config
+from lfm_jax.models import ComputeConfig, Decoder, FunctionalModel, ModelConfig, functional
+from lfm_jax.models.functional import Tree
+from lfm_jax.sharding import parameter_sharding
+from lfm_jax.training import Checkpoints, abstract_state
+
+CHECKPOINTS = "checkpoints"
+MODEL = "model.json"
+TOKENIZER = "tokenizer"
+
+
+class Stage(NamedTuple):
+    """A model ready to run.
+
+    tokenizer_path: file or folder that the tokenizer was read from. step: of the checkpoint, None for a Hugging Face folder.
+    """
+
+    config: ModelConfig
+    functions: FunctionalModel
+    params: Tree
+    buffers: Tree
+    tokenizer: Tokenizer
+    tokenizer_path: epath.Path
+    step: int | None
+
+
+def model_functions(config: ModelConfig, compute: ComputeConfig) -> FunctionalModel:
+    """The decoder of a configuration as pure functions."""
+    return functional(lambda rngs: Decoder(config, compute, rngs=rngs))
+
+
+def fit_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The configuration that knows how many of its rows are ids of the tokenizer.
+
+    Raises:
+      ConfigError: the tokenizer has more ids than the model has rows.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, but model.vocab_size is {config.vocab_size}; give the model as many "
+            f"rows (--config.model.vocab_size={tokenizer.vocab_size}) or take a smaller tokenizer."
+        )
+    return dataclasses.replace(config, tokenizer_vocab_size=tokenizer.vocab_size)
+
+
+def write_model_config(workdir: epath.Path, config: ModelConfig) -> None:
+    """Says in the workdir which architecture its checkpoints are of."""
+    write_json(workdir / MODEL, to_mapping(config))
+
+
+def load_stage(path: str, compute: ComputeConfig, mesh: Mesh) -> Stage:
+    """The model in a workdir (of its newest checkpoint that verifies) or in a Hugging Face folder, sharded over the mesh.
+
+    Raises:
+      ConfigError: `path` is no such folder. Damage inside of one is told by who reads it: `Checkpoints`, `import_folder`.
+    """
+    folder = epath.Path(path)
+    if (folder / MODEL).exists():
+        return _load_workdir(folder, compute, mesh)
+    if (folder / "config.json").exists() and "model_type" in json.loads((folder / "config.json").read_text()):
+        return _load_huggingface(folder, compute, mesh)
+    raise ConfigError(
+        f"init_from={path}: no model is there. Expected the workdir of a run ({MODEL} and {CHECKPOINTS}/) or a Hugging Face "
+        "folder (config.json with a model_type, and safetensors)."
+    )
+
+
+def _load_huggingface(folder: epath.Path, compute: ComputeConfig, mesh: Mesh) -> Stage:
+    config = read_config(folder)
+    functions = model_functions(config, compute)
+
+    def place(path: tuple, array: np.ndarray) -> jax.Array:
+        axes = functions.buffer_axes if path[-1] == "expert_bias" else functions.param_axes
+        for key in path:
+            axes = axes[key]
+        return jax.device_put(array, parameter_sharding(mesh, axes, array.shape))
+
+    model = import_folder(folder, place=place)
+    return Stage(config, functions, model.params, model.buffers, load_tokenizer(folder), folder, None)
+
+
+def _load_workdir(folder: epath.Path, compute: ComputeConfig, mesh: Mesh) -> Stage:
+    config = from_mapping(ModelConfig, json.loads((folder / MODEL).read_text()))
+    functions = model_functions(config, compute)
+    without_moments = abstract_state(functions, optax.identity(), mesh)
+    restored = Checkpoints(folder / CHECKPOINTS).restore(without_moments, partial=True)
+    if restored is None:
+        raise ConfigError(f"init_from={folder}: the run has no checkpoint yet; the command that started it resumes it.")
+    return Stage(config, functions, restored.state.params, restored.state.buffers, load_tokenizer(folder / TOKENIZER), folder / TOKENIZER, restored.step)

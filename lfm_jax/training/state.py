@@ -1,0 +1,84 @@
+"""What a training run carries from step to step: first as shapes, then as shardings, then as arrays born sharded."""
+
+import enum
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lfm_jax.models import FunctionalModel
+from lfm_jax.models.functional import Tree
+from lfm_jax.sharding import parameter_sharding
+
+
+class TrainState(NamedTuple):
+    """step: updates done, int32 scalar; params, buffers: of the model; opt_state: of the optimizer."""
+
+    step: jax.Array
+    params: Tree
+    buffers: Tree
+    opt_state: Any
+
+
+class Purpose(enum.IntEnum):
+    """What random numbers are for. Keys of different purposes never meet, whatever the step."""
+
+    INIT = 0
+    STEP = 1
+    EVALUATION = 2
+
+
+def random_key(seed: int, purpose: Purpose) -> jax.Array:
+    """The key of a run's random numbers for one purpose; a step folds its number in, so nothing depends on earlier draws."""
+    return jax.random.fold_in(jax.random.key(seed), int(purpose))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a scalar: a copy on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def abstract_state(functions: FunctionalModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the whole state as `jax.ShapeDtypeStruct`; nothing is allocated.
+
+    The optimizer's arrays of a parameter (its moments) are split like the parameter, its scalars are on each device.
+    """
+
+    def place(leaf, axes):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(mesh, axes, leaf.shape))
+
+    whole = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
+    params = jax.tree.map(place, functions.abstract_params, functions.param_axes)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda leaf, parameter: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=whole,
+    )
+    return TrainState(
+        step=whole(jax.ShapeDtypeStruct((), jnp.int32)),
+        params=params,
+        buffers=jax.tree.map(place, functions.abstract_buffers, functions.buffer_axes),
+        opt_state=opt_state,
+    )
+
+
+def state_shardings(functions: FunctionalModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The sharding of every array of the state."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(functions, optimizer, mesh))
+
+
+def init_state(functions: FunctionalModel, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+    """The state before the first step. Each device makes its own part: no array ever exists unsharded.
+
+    The values do not depend on the mesh.
+    """
+
+    def init(key: jax.Array) -> TrainState:
+        params, buffers = functions.init(key)
+        return TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params))
+
+    return jax.jit(init, out_shardings=state_shardings(functions, optimizer, mesh))(random_key(seed, Purpose.INIT))

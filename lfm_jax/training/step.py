@@ -1,0 +1,177 @@
+"""The training step: one jitted function from state and batch to state and metrics."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from lfm_jax.models import FunctionalModel
+from lfm_jax.models.functional import Tree
+from lfm_jax.sharding import activation_sharding, constrain
+from lfm_jax.training.objective import Batch, Objective, Sums
+from lfm_jax.training.state import Purpose, TrainState, random_key, replicated, state_shardings
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    functions: FunctionalModel,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    mesh: Mesh,
+    *,
+    seed: int,
+    accumulation: int = 1,
+    expert_bias_rate: float = 1e-3,
+) -> TrainStep:
+    """The jitted step (state, batch) -> (state, metrics). It takes the state over: the arrays passed in are gone afterwards.
+
+    The gradient is that of the sum of losses over the sum of weights of the whole batch, however the rows are dealt to
+    micro-batches, devices and hosts. The metrics are float32 scalars on the device: `loss` and the objective's own, each over the
+    weight; `tokens`, the weight; `gradient_norm` before clipping; `learning_rate`, where the optimizer's state has one; and for a
+    mixture of experts `router_imbalance` (1 is balanced; Wang et al. 2024 call this less 1 MaxVio). A batch without any
+    weight leaves the parameters as they are, with a loss of 0.
+
+    Args:
+      seed: of the random numbers that an objective draws; they depend on it and on the step alone.
+      accumulation: micro-batches that the batch is taken in, one after the other, to save memory.
+      expert_bias_rate: the expert bias of a mixture of experts moves by so much a step, towards an even load.
+
+    Raises:
+      ValueError: accumulation is less than 1; or, when first called, the rows do not divide over micro-batches and devices.
+    """
+    if accumulation < 1:
+        raise ValueError(f"accumulation must be at least 1 micro-batch, got {accumulation}")
+    shardings = state_shardings(functions, optimizer, mesh)
+
+    def summed_loss(params: Tree, buffers: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        sums = objective(functions.bind(params, buffers), batch, key)
+        return sums.loss, sums
+
+    def micro_gradient(params: Tree, buffers: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Sums]:
+        gradient, sums = jax.grad(summed_loss, has_aux=True)(params, buffers, batch, key)
+        return jax.lax.with_sharding_constraint(gradient, shardings.params), sums
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            key = jax.random.fold_in(random_key(seed, Purpose.STEP), state.step)
+            _check_rows(batch, accumulation, mesh)
+            gradient, sums = _accumulated(micro_gradient, state, batch, key, accumulation)
+            return _updated(optimizer, state, gradient, sums, expert_bias_rate)
+
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, activation_sharding(mesh, ("batch",))),
+        out_shardings=(shardings, replicated(mesh)),
+    )
+
+
+def make_eval_step(functions: FunctionalModel, objective: Objective, mesh: Mesh) -> Callable[[Tree, Tree, Batch], Sums]:
+    """The jitted evaluation (params, buffers, batch) -> sums. It changes nothing, and its random key is always the same."""
+
+    def step(params: Tree, buffers: Tree, batch: Batch) -> Sums:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return objective(functions.bind(params, buffers), batch, random_key(0, Purpose.EVALUATION))
+
+    return jax.jit(step, out_shardings=replicated(mesh))
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    """This host's rows as part of the global batch, whose rows are split over the devices.
+
+    Raises:
+      ValueError: the rows do not divide over the devices, or hosts share rows (an axis that does not split the batch spans them).
+    """
+    sharding = activation_sharding(mesh, ("batch",))
+    hosts = jax.process_count()
+    place = lambda rows: jax.make_array_from_process_local_data(sharding, rows, (rows.shape[0] * hosts, *rows.shape[1:]))
+    return {name: place(rows) for name, rows in batch.items()}
+
+
+def _check_rows(batch: Batch, accumulation: int, mesh: Mesh) -> None:
+    rows, devices = batch["tokens"].shape[0], mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (accumulation * devices):
+        raise ValueError(
+            f"a batch of {rows} rows does not divide into {accumulation} micro-batches over {devices} devices (data x fsdp); "
+            f"make it a multiple of {accumulation * devices}"
+        )
+
+
+def _accumulated(micro_gradient: Callable, state: TrainState, batch: Batch, key: jax.Array, accumulation: int):
+    """Gradient of the summed loss, and the sums, over the whole batch; micro-batch m has every accumulation-th row from m on.
+
+    With that stride the rows of a micro-batch are spread over the devices as those of the batch are, and none moves.
+    """
+    if accumulation == 1:
+        return micro_gradient(state.params, state.buffers, batch, key)
+
+    def deal(rows: jax.Array) -> jax.Array:
+        micro = jnp.moveaxis(rows.reshape(-1, accumulation, *rows.shape[1:]), 1, 0)
+        return constrain(micro, (None, "batch", *(None,) * (micro.ndim - 2)))
+
+    def add(total, numbered):
+        number, micro = numbered
+        found = micro_gradient(state.params, state.buffers, micro, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, total, found), None
+
+    micro_batches = jnp.arange(accumulation), jax.tree.map(deal, batch)
+    first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
+    shapes = jax.eval_shape(lambda: micro_gradient(state.params, state.buffers, first[1], key))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, micro_batches)[0]
+
+
+def _updated(
+    optimizer: optax.GradientTransformation, state: TrainState, gradient: Tree, sums: Sums, expert_bias_rate: float
+) -> tuple[TrainState, Metrics]:
+    weighed = sums.weight > 0
+    share = jnp.where(weighed, 1 / jnp.where(weighed, sums.weight, 1), 0)
+    gradient = jax.tree.map(lambda leaf: leaf * share, gradient)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    # Without any weight the gradient is zero, but momentum and weight decay would still move the parameters.
+    params = jax.tree.map(lambda leaf, update: leaf + jnp.where(weighed, update, 0), state.params, updates)
+    metrics = {
+        "loss": sums.loss * share,
+        **{name: value * share for name, value in sums.metrics.items()},
+        "tokens": sums.weight,
+        "gradient_norm": optax.tree.norm(gradient),
+    }
+    rate = optax.tree.get(opt_state, "learning_rate")
+    if rate is not None:
+        metrics["learning_rate"] = rate
+    buffers = state.buffers
+    if sums.router_counts is not None:
+        metrics["router_imbalance"] = _imbalance(sums.router_counts)
+        buffers = _balanced(buffers, sums.router_counts, expert_bias_rate)
+    return TrainState(state.step + 1, params, buffers, opt_state), metrics
+
+
+def _imbalance(counts: jax.Array) -> jax.Array:
+    """Tokens of the busiest expert over the mean of all, averaged over the layers."""
+    mean = jnp.mean(counts, axis=1)
+    return jnp.mean(jnp.where(mean > 0, jnp.max(counts, axis=1) / jnp.where(mean > 0, mean, 1), 1))
+
+
+def _balanced(buffers: Tree, counts: jax.Array, rate: float) -> Tree:
+    """The buffers after the experts' biases moved: up for those with less than the mean load, down for those with more.
+
+    bias += rate * sign(mean(counts) - counts), then centred, since only differences between biases matter (auxiliary-loss-free
+    balancing, Wang et al. 2024, algorithm 1; the centring as torchtitan does it).
+
+    Args:
+      counts: [moe layers, experts], in the order of the layers, over all tokens of the step.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(buffers)  # layers are numbered, so they come in their order
+    rows = iter(counts)
+
+    def moved(bias: jax.Array) -> jax.Array:
+        load = next(rows)
+        bias = bias + rate * jnp.sign(jnp.mean(load) - load)
+        return bias - jnp.mean(bias)
+
+    return jax.tree.unflatten(tree, [moved(leaf) if path[-1].key == "expert_bias" else leaf for path, leaf in leaves])

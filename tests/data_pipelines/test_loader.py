@@ -1,0 +1,253 @@
+"""Batches: the same at a step whoever asks, every target once in an epoch, nothing left running."""
+
+import collections
+import gc
+import itertools
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from data_pipelines import (
+    Document,
+    LoaderConfig,
+    TokenizerConfig,
+    evaluation_batches,
+    train_tokenizer,
+    training_batches,
+    write_token_shards,
+)
+
+ONE_HOST = {"process_index": 0, "process_count": 1}
+FIELDS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    words = " ".join(f"word{number} {number * 7919}" for number in range(500))
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    return train_tokenizer(TokenizerConfig(vocab_size=290), [Document(words, "words")], folder)
+
+
+@pytest.fixture(scope="module")
+def shards(tokenizer, tmp_path_factory):
+    """Fifty documents of 0 to 200 ids, in several files."""
+    random = np.random.default_rng(0)
+    documents = [Document("".join(map(chr, random.integers(97, 123, size))), "") for size in random.integers(1, 200, 50)]
+    return write_token_shards(documents, tokenizer, tmp_path_factory.mktemp("tokens") / "train", shard_tokens=1000)
+
+
+def _equal(first, second):
+    assert set(first) == set(second) == set(FIELDS)
+    for name in FIELDS:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def _joined(parts):
+    """The batch of all hosts."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}
+
+
+def _pairs(batches):
+    """How often each target that counts follows each input."""
+    pairs = collections.Counter()
+    for batch in batches:
+        counts = batch["loss_mask"] > 0
+        pairs.update(zip(batch["tokens"][counts].tolist(), batch["targets"][counts].tolist(), strict=True))
+    return pairs
+
+
+def _expected_pairs(shards):
+    pairs = collections.Counter()
+    for document in range(len(shards)):
+        ids = shards[document].tolist()
+        pairs.update(zip([1, *ids], [*ids, 2], strict=True))
+    return pairs
+
+
+def test_every_target_is_seen_once_per_epoch(shards, tokenizer):
+    config = LoaderConfig(seq_len=48, batch_size=4, epochs=3)
+    batches = list(training_batches(shards, config, tokenizer, **ONE_HOST))
+    expected = _expected_pairs(shards)
+    assert _pairs(batches) == collections.Counter({pair: 3 * count for pair, count in expected.items()})
+    assert all(batch[name].shape == (4, 48) for batch in batches for name in FIELDS)
+    # The last batch is filled up with rows of padding, and only it.
+    rows = np.concatenate([batch["loss_mask"].sum(1) for batch in batches])
+    filled = int((rows > 0).sum())
+    assert filled % 4
+    assert (rows[:filled] > 0).all() and len(rows) - filled < 4
+    assert filled % 3 == 0
+    # An epoch ends within a batch, and its rows are all there before the next one begins.
+    per_epoch = filled // 3
+    for epoch in range(3):
+        here = slice(epoch * per_epoch, (epoch + 1) * per_epoch)
+        joined = {name: array[here] for name, array in _joined(batches).items()}
+        assert _pairs([joined]) == expected
+
+
+def test_each_epoch_has_another_order(shards, tokenizer):
+    config = LoaderConfig(seq_len=48, batch_size=1, epochs=2)
+    rows = [batch["tokens"].tobytes() for batch in training_batches(shards, config, tokenizer, **ONE_HOST)]
+    first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    assert sorted(first) == sorted(second)
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < len(first) // 4
+    other = LoaderConfig(seq_len=48, batch_size=1, epochs=1, seed=1)
+    assert [batch["tokens"].tobytes() for batch in training_batches(shards, other, tokenizer, **ONE_HOST)] != first
+
+
+def test_without_epochs_there_is_no_end(shards, tokenizer):
+    endless = training_batches(shards, LoaderConfig(seq_len=48, batch_size=8), tokenizer, **ONE_HOST)
+    thrice = list(training_batches(shards, LoaderConfig(seq_len=48, batch_size=8, epochs=3), tokenizer, **ONE_HOST))
+    for batch, expected in zip(endless, thrice[:-1], strict=False):
+        _equal(batch, expected)
+    assert next(endless)["loss_mask"].sum(1).all()
+    state = endless.get_state() | {"step": 10**9}
+    endless.set_state(state)
+    far = next(endless)
+    assert far["loss_mask"].sum(1).all()
+    endless.close()
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_iterator_state_exact_and_host_count_change(hosts, shards, tokenizer):
+    config = LoaderConfig(seq_len=48, batch_size=4)
+    alone = training_batches(shards, config, tokenizer, **ONE_HOST)
+    states, expected = [], []
+    for _ in range(40):  # more than an epoch
+        states.append(json.dumps(alone.get_state()))
+        expected.append(next(alone))
+    assert len(states[-1]) < 400
+    several = [training_batches(shards, config, tokenizer, process_index=host, process_count=hosts) for host in range(hosts)]
+    for step in (0, 17, 5, 39):  # forwards and back
+        for batches in several:
+            batches.set_state(json.loads(states[step]))
+            assert json.dumps(batches.get_state()) == states[step]
+        for following in expected[step : step + 6]:
+            parts = [next(batches) for batches in several]
+            assert all(len(part["tokens"]) == 4 // hosts for part in parts)
+            _equal(_joined(parts), following)
+    # A state is a copy: it does not move on with the iterator.
+    state = alone.get_state()
+    next(alone)
+    assert state["step"] == 40
+    for batches in (alone, *several):
+        batches.close()
+
+
+def test_no_record_lost_with_workers(shards, tokenizer):
+    """Two processes make the same batches as none, also after going back."""
+    plain = LoaderConfig(seq_len=48, batch_size=4, epochs=2)
+    expected = list(training_batches(shards, plain, tokenizer, **ONE_HOST))
+    config = LoaderConfig(seq_len=48, batch_size=4, epochs=2, workers=2)
+    batches = training_batches(shards, config, tokenizer, **ONE_HOST)
+    state = batches.get_state()
+    found = list(batches)
+    assert len(found) == len(expected)
+    for batch, other in zip(found, expected, strict=True):
+        _equal(batch, other)
+    assert _pairs(found) == collections.Counter({pair: 2 * count for pair, count in _expected_pairs(shards).items()})
+    batches.set_state(state | {"step": len(expected) - 2})
+    _equal(next(batches), expected[-2])
+    batches.close()
+
+
+def test_no_thread_leak_over_evals(shards, tokenizer):
+    """Neither closed nor forgotten iterators, read in part, leave threads behind."""
+    evaluation = evaluation_batches(shards, tokenizer, seq_len=48, batch_size=4, **ONE_HOST)
+    before = threading.active_count()
+    for index in range(10):
+        list(itertools.islice(evaluation, 3))
+        batches = training_batches(shards, LoaderConfig(seq_len=48, batch_size=4), tokenizer, **ONE_HOST)
+        next(batches)
+        started = [thread for thread in threading.enumerate() if thread.name.startswith("grain")]
+        assert started
+        if index % 2:
+            batches.close()
+        del batches
+        gc.collect()
+        for thread in started:
+            thread.join(timeout=60)
+    assert threading.active_count() <= before
+
+
+def test_the_end_stays_the_end(shards, tokenizer):
+    batches = training_batches(shards, LoaderConfig(seq_len=48, batch_size=4, epochs=1), tokenizer, **ONE_HOST)
+    count = len(list(batches))
+    for _ in range(2):
+        with pytest.raises(StopIteration):
+            next(batches)
+    assert batches.get_state()["step"] == count
+    batches.set_state(batches.get_state())
+    assert list(batches) == []
+
+
+def test_a_state_of_other_batches_is_refused(shards, tokenizer, tmp_path):
+    config = LoaderConfig(seq_len=48, batch_size=4)
+    state = training_batches(shards, config, tokenizer, **ONE_HOST).get_state()
+    for changes, message in (
+        ({"batch_size": 8}, "batch_size was 4, is 8; go on with the same text"),
+        ({"seed": 3}, "seed was 0, is 3; rows was '.*', is '.*'"),
+        ({"seq_len": 32}, "rows was '"),
+    ):
+        settings = {"seq_len": 48, "batch_size": 4} | changes
+        batches = training_batches(shards, LoaderConfig(**settings), tokenizer, **ONE_HOST)
+        with pytest.raises(ValueError, match=f"the state is of other batches: {message}"):
+            batches.set_state(state)
+    text = [Document("other text", "")]
+    other = training_batches(write_token_shards(text, tokenizer, tmp_path / "other"), config, tokenizer, **ONE_HOST)
+    with pytest.raises(ValueError, match="the state is of other batches: text was '"):
+        other.set_state(state)
+    # How long to go on, and how many processes help, may change.
+    batches = training_batches(shards, LoaderConfig(seq_len=48, batch_size=4, epochs=9, workers=1), tokenizer, **ONE_HOST)
+    batches.set_state(state)
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_evaluation_sees_every_target_once(hosts, shards, tokenizer):
+    by_host = [
+        evaluation_batches(shards, tokenizer, seq_len=48, batch_size=4, process_index=host, process_count=hosts)
+        for host in range(hosts)
+    ]
+    for _ in range(2):  # it can be gone through again
+        parts = [list(batches) for batches in by_host]
+        assert [len(part) for part in parts] == [len(by_host[0])] * hosts
+        assert all(batch["tokens"].shape == (4 // hosts, 48) for part in parts for batch in part)
+        assert _pairs(itertools.chain(*parts)) == _expected_pairs(shards)
+    alone = list(evaluation_batches(shards, tokenizer, seq_len=48, batch_size=4, **ONE_HOST))
+    for batch, *of_hosts in zip(alone, *parts, strict=True):
+        _equal(batch, _joined(of_hosts))
+    rows = np.concatenate([batch["segment_ids"].max(1) for batch in alone])
+    padding = int((rows == 0).sum())
+    assert padding < 4
+    assert (rows[len(rows) - padding :] == 0).all()
+
+
+def test_hosts_must_share_a_batch_evenly(shards, tokenizer):
+    with pytest.raises(ValueError, match="batch_size 6 is no multiple of the 4 hosts; choose one that is"):
+        training_batches(shards, LoaderConfig(seq_len=8, batch_size=6), tokenizer, process_index=0, process_count=4)
+    with pytest.raises(ValueError, match="batch_size 3 is no multiple of the 2 hosts"):
+        evaluation_batches(shards, tokenizer, seq_len=8, batch_size=3, process_index=1, process_count=2)
+
+
+def test_without_being_told_jax_says_which_host_this_is(shards, tokenizer):
+    config = LoaderConfig(seq_len=48, batch_size=4)
+    batches, told = (training_batches(shards, config, tokenizer, **hosts) for hosts in ({}, ONE_HOST))
+    _equal(next(batches), next(told))
+    batches.close()
+    told.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seq_len": 0}, "seq_len must be positive, got 0"),
+        ({"batch_size": -1}, "batch_size must be positive, got -1"),
+        ({"epochs": 0}, "epochs must be positive, got 0"),
+        ({"workers": -1}, "workers and seed must not be negative, got -1 and 0"),
+        ({"seed": -2}, "workers and seed must not be negative, got 0 and -2"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoaderConfig(**{"seq_len": 8, "batch_size": 8} | settings)

@@ -1,0 +1,165 @@
+"""Files of text: what comes out of each format, and what is said of bad ones."""
+
+import gzip
+import io
+import json
+
+import pyarrow
+import pytest
+import zstandard
+from etils import epath
+from pyarrow import parquet
+
+from data_pipelines import text_files
+from data_pipelines.text_files import find_text_files, read_texts
+
+TEXTS = ["plain", "line\nbreaks\r\nand\ttabs", "caf\u00e9 \u4f60\u597d \U0001f600", " ", "long " * 20_000]
+
+
+def _lines(texts=TEXTS):
+    return "".join(json.dumps({"id": 7, "body": text}) + "\n" for text in texts).encode()
+
+
+def _write_jsonl(path):
+    path.write_bytes(_lines())
+
+
+def _write_gzip(path):
+    path.write_bytes(gzip.compress(_lines(TEXTS[:2])) + gzip.compress(_lines(TEXTS[2:])))
+
+
+def _write_zstandard(path):
+    compress = zstandard.ZstdCompressor().compress
+    path.write_bytes(compress(_lines(TEXTS[:2])) + compress(_lines(TEXTS[2:])))
+
+
+def _write_parquet(path):
+    table = pyarrow.table({"id": list(range(len(TEXTS))), "body": TEXTS})
+    parquet.write_table(table, path, row_group_size=2)
+
+
+WRITERS = {".jsonl": _write_jsonl, ".jsonl.gz": _write_gzip, ".jsonl.zst": _write_zstandard, ".parquet": _write_parquet}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_format_gives_the_same_texts(suffix, tmp_path):
+    path = epath.Path(tmp_path / f"texts{suffix}")
+    WRITERS[suffix](path)
+    assert list(read_texts(path, "body")) == list(enumerate(TEXTS, start=1))
+
+
+def test_a_text_file_is_one_text_as_it_stands(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\n")
+    assert list(read_texts(epath.Path(tmp_path / "a.txt"), "text")) == [(1, "\ufeffone\r\ntwo\n\n")]
+
+
+def test_blank_lines_are_no_records_but_are_counted(tmp_path):
+    path = epath.Path(tmp_path / "a.jsonl")
+    path.write_text('\n{"text": "a"}\n  \n{"text": "b"}')
+    assert list(read_texts(path, "text")) == [(2, "a"), (4, "b")]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_a_compressed_file_that_was_cut_off_is_noticed(suffix, tmp_path):
+    """Wherever it was cut: zstandard's own reader says nothing."""
+    path = epath.Path(tmp_path / f"texts{suffix}")
+    WRITERS[suffix](path)
+    content = path.read_bytes()
+    for end in (len(content) - 1, len(content) - 9, 20):
+        path.write_bytes(content[:end])
+        with pytest.raises(ValueError, match=rf"texts{suffix}: damaged or cut off near line \d"):
+            list(read_texts(path, "body"))
+
+
+def test_a_damaged_compressed_file_is_noticed(tmp_path):
+    for suffix in (".jsonl.gz", ".jsonl.zst"):
+        path = epath.Path(tmp_path / f"texts{suffix}")
+        path.write_bytes(b"this is neither of them")
+        with pytest.raises(ValueError, match="damaged or cut off near line 1"):
+            list(read_texts(path, "body"))
+
+
+def _parquet(table):
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table(table), sink)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"good\xff", r"a.txt:1: no UTF-8 \(invalid start byte at byte 4\); convert or remove"),
+        ("a.txt", b"", "a.txt:1: the text is empty; remove the record"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl:2: no UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ""}\n', "a.jsonl:2: the text is empty"),
+        ("a.jsonl", b'{"text": "a"\n', "a.jsonl:1: no JSON .*; repair or remove the line"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl:1: no JSON"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", "a.jsonl:1: no JSON .*digits"),
+        ("a.jsonl", b'["text"]\n', "a.jsonl:1: expected a JSON object with the field 'text', got list"),
+        ("a.jsonl", b'{"title": 1, "body": 2}\n', "a.jsonl:1: there is no field 'text', but 'title', 'body'; set text_field"),
+        ("a.jsonl", b"{}\n", "a.jsonl:1: there is no field 'text', but none at all"),
+        ("a.jsonl", b'{"text": null}\n', "a.jsonl:1: 'text' is NoneType, not text; set text_field"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: 'text' is no UTF-8 .surrogates not allowed"),
+        ("a.parquet", _parquet({"title": ["a"], "n": [1]}), "a.parquet: there is no column 'text', but 'title', 'n'; set"),
+        ("a.parquet", _parquet({"text": ["a", None]}), "a.parquet:2: 'text' is NoneType, not text"),
+        ("a.parquet", _parquet({"text": [1]}), "a.parquet:1: 'text' is int, not text"),
+        ("a.parquet", _parquet({"text": ["a", ""]}), "a.parquet:2: the text is empty"),
+        ("a.parquet", b"PAR1 nothing", "a.parquet: no Parquet file, or a damaged one"),
+    ],
+)
+def test_a_bad_record_is_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_texts(epath.Path(tmp_path / name), "text"))
+
+
+def test_a_text_without_end_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MAX_TEXT_BYTES", 100)
+    exact = json.dumps({"text": "x" * 87}) + "\n"
+    assert len(exact) == 100
+    path = epath.Path(tmp_path / "a.jsonl")
+    path.write_text(exact * 2 + exact.replace("x", "xx", 1))
+    texts = read_texts(path, "text")
+    assert [next(texts)[0], next(texts)[0]] == [1, 2]
+    with pytest.raises(ValueError, match="a.jsonl:3: the line is longer than 100 bytes; split the record"):
+        next(texts)
+    path = epath.Path(tmp_path / "a.txt")
+    path.write_text("x" * 101)
+    with pytest.raises(ValueError, match="a.txt: more than 100 bytes are one text; split the file"):
+        next(read_texts(path, "text"))
+
+
+def test_no_more_is_read_at_once_than_a_text_may_have(tmp_path, monkeypatch):
+    sizes = []
+
+    class Spy(io.BytesIO):
+        def readline(self, size=-1):
+            sizes.append(size)
+            return super().readline(size)
+
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.setattr(text_files, "_decompress", lambda raw, name: Spy(raw.read()))
+    assert list(read_texts(epath.Path(tmp_path / "a.jsonl"), "text")) == [(1, "a")]
+    assert sizes == [text_files.MAX_TEXT_BYTES + 1] * 2
+
+
+def test_a_folder_is_searched_in_the_order_of_names(tmp_path):
+    for name in ("b.txt", "a/z.jsonl", "a/y.parquet", "c/d/e.jsonl.gz", "README.md", ".hidden.txt", ".git/f.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert [name for name, _ in find_text_files(tmp_path)] == ["a/y.parquet", "a/z.jsonl", "b.txt", "c/d/e.jsonl.gz"]
+    assert [name for name, _ in find_text_files(tmp_path / "a")] == ["y.parquet", "z.jsonl"]
+    assert [name for name, _ in find_text_files(tmp_path / "b.txt")] == ["b.txt"]
+    assert [name for name, _ in find_text_files(tmp_path / "a" / "*.jsonl")] == ["z.jsonl"]
+
+
+def test_a_source_without_text_is_refused(tmp_path):
+    for missing in (tmp_path / "none", tmp_path / "*.txt"):
+        with pytest.raises(FileNotFoundError, match="does not exist; give a file, a folder, or 'stdlib'"):
+            find_text_files(missing)
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(ValueError, match=r"holds no file that can be read \(.txt, .jsonl, .* but notes.md"):
+        find_text_files(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        find_text_files(tmp_path / "empty")

@@ -1,0 +1,176 @@
+"""The main job end to end, as a user runs it: on a folder of text, resumed after a kill, evaluated, exported, trained on from."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import run
+
+WORDS = "the cat sat on a mat and saw that dog run to red barn by old mill in warm sun with two small birds".split()
+SMALL = [
+    "--config=configs/pretrain.py:nano", "--config.model.vocab_size=300", "--config.model.embed_dim=32",
+    "--config.model.layer_types=conv,full_attention", "--config.model.num_heads=2", "--config.model.num_kv_heads=1",
+    "--config.model.head_dim=16", "--config.model.mlp_dim=64", "--config.tokenizer.vocab_size=300",
+    "--config.loader.seq_len=32", "--config.loader.batch_size=8", "--config.train.steps=24", "--config.train.log_every=1",
+    "--config.train.evaluate_every=10", "--config.train.checkpoint_every=5", "--config.sampling.max_new_tokens=8",
+    "--config.prompts=the cat,a dog", "--config.optimizer.schedule.warmup_steps=2", "--config.data.held_out_share=0.2",
+]  # fmt: skip
+
+
+def sentences(seed):
+    generator = np.random.default_rng(seed)
+    return " ".join(" ".join(generator.choice(WORDS, generator.integers(3, 9))) + "." for _ in range(40))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for seed in range(60):
+        (folder / f"{seed}.txt").write_text(sentences(seed))
+    return folder
+
+
+def command(text, workdir, *overrides):
+    return [*SMALL, f"--config.data.source={text}", f"--workdir={workdir}", *overrides]
+
+
+def results(workdir):
+    return json.loads((workdir / "results.json").read_text())
+
+
+def losses(workdir):
+    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    """The workdir of a finished run."""
+    workdir = tmp_path_factory.mktemp("runs") / "trained"
+    assert run.main(command(text, workdir)) == 0
+    return workdir
+
+
+def test_the_figures_hang_together(trained, text):
+    figures = results(trained)
+    held_out = [file for file in text.iterdir() if file.read_text() in _held_out_texts(trained)]
+    targets, text_bytes = figures["tokens"], sum(file.stat().st_size for file in held_out)
+    assert 0 < len(held_out) < 60
+    assert figures["bits_per_byte"] == pytest.approx(figures["nll_per_token"] * targets / math.log(2) / text_bytes)
+    assert figures["bits_per_byte"] < figures["unigram_bits_per_byte"]
+    assert figures["steps"] == 24 and figures["tokens_per_second"] > 0 and figures["resumed_at_step"] == 0
+    assert sum(row["parameters"] for row in figures["parameter_audit"]) == figures["parameters"]
+    assert figures["seconds"] == pytest.approx(sum(figures["seconds_by_part"].values()))
+    assert set(figures["seconds_by_part"]) == {"tokenizer", "tokens", "training", "evaluation", "samples", "export"}
+    assert [sample["prompt"] for sample in figures["samples"]] == ["the cat", "a dog"]
+
+
+def _held_out_texts(workdir):
+    from data_pipelines import load_tokenizer, read_token_shards
+
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    shards = read_token_shards(workdir / "tokens" / "held_out", tokenizer)
+    return {tokenizer.decode(list(shards[index])) for index in range(shards.documents)}
+
+
+def test_a_run_leaves_what_the_readme_says(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {
+        "checkpoints", "config.json", "export", "loss.png", "metrics.jsonl", "model.json", "report.html", "results.json",
+        "tensorboard", "tokenizer", "tokens",
+    }  # fmt: skip
+
+
+def test_the_export_is_read_by_transformers_to_the_same_end(trained):
+    figures = results(trained)
+    assert figures["hf_greedy_agrees"] is True and figures["hf_logit_difference"] < 2e-4
+    rows = {row["file"]: row["bytes"] for row in figures["exports"]}
+    assert {"export/hf/config.json", "export/hf/model.safetensors", "export/hf/tokenizer.json"} <= set(rows)
+    assert rows["export/hf/model.safetensors"] == (trained / "export" / "hf" / "model.safetensors").stat().st_size
+
+
+def test_evaluate_gives_the_runs_own_figures_from_the_workdir_and_from_the_export(trained, text, tmp_path):
+    for number, stage in enumerate((trained, trained / "export" / "hf")):
+        arguments = [
+            "--config=configs/evaluate.py", f"--workdir={tmp_path / str(number)}", f"--config.init_from={stage}",
+            f"--config.data.source={text}", "--config.data.held_out_share=0.2", "--config.seq_len=32", "--config.batch_size=8",
+        ]  # fmt: skip
+        assert run.main(arguments) == 0
+        ours, theirs = results(tmp_path / str(number)), results(trained)
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["nll_per_token"] == pytest.approx(theirs["nll_per_token"], rel=1e-6)
+        assert ours["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], rel=1e-6)
+
+
+def test_export_in_bfloat16_in_shards(trained, tmp_path):
+    arguments = [
+        "--config=configs/export.py", f"--workdir={tmp_path}", f"--config.init_from={trained}", "--config.export.dtype=bfloat16",
+        "--config.export.max_shard_bytes=20000", "--config.export.check_tokens=8",
+    ]  # fmt: skip
+    assert run.main(arguments) == 0
+    figures = results(tmp_path)
+    assert figures["hf_greedy_agrees"] is True and figures["hf_logit_difference"] < 2e-4
+    assert sum("safetensors" in row["file"] for row in figures["exports"]) > 3
+
+
+def test_a_trained_model_is_trained_on_from_a_workdir_and_from_a_folder(trained, text, tmp_path):
+    expected = results(trained)["nll_per_token"]
+    still = ["--config.train.steps=1", "--config.optimizer.learning_rate=1e-30", "--config.optimizer.schedule.warmup_steps=0"]
+    for number, stage in enumerate((trained, trained / "export" / "hf")):
+        workdir = tmp_path / str(number)
+        assert run.main(command(text, workdir, f"--config.init_from={stage}", *still)) == 0
+        assert results(workdir)["nll_per_token"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_another_architecture_than_that_of_init_from_is_refused(trained, text, tmp_path, capsys):
+    changed = "--config.model.mlp_dim=48"
+    assert run.main(command(text, tmp_path, f"--config.init_from={trained}", changed)) == 2
+    assert "model.mlp_dim is 48, but 64 in init_from" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_refused(text, tmp_path, capsys):
+    assert run.main(command(text, tmp_path, f"--config.init_from={text}")) == 2
+    assert "no model is there. Expected the workdir of a run (model.json and checkpoints/) or" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(text, tmp_path, capsys):
+    assert run.main(command(text, tmp_path, "--config.model.vocab_size=290")) == 2
+    assert "the tokenizer has 300 ids, but model.vocab_size is 290; give the model as many rows" in capsys.readouterr().err
+
+
+def test_a_killed_run_resumes_by_the_same_command_bit_for_bit(trained, text, tmp_path):
+    """SIGKILL, at whatever it was doing after its second checkpoint."""
+    workdir = tmp_path / "killed"
+    arguments = [sys.executable, "run.py", *command(text, workdir)]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (workdir / "metrics.jsonl").exists() or len(losses(workdir)) < 11:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (workdir / "results.json").exists()
+    assert run.main(command(text, workdir)) == 0
+    assert results(workdir)["resumed_at_step"] in (5, 10, 15, 20)
+    assert losses(workdir) == losses(trained)
+    assert results(workdir)["nll_per_token"] == results(trained)["nll_per_token"]
+
+
+def test_a_run_needs_no_network_and_no_tensorflow(text, tmp_path):
+    """In a process of its own, cut off from the network, that says at its end what it has imported."""
+    unshare = ["unshare", "-n"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not cut a process off from the network (unshare -n)")
+    code = (
+        f"import sys, run; code = run.main({command(text, tmp_path, '--config.train.steps=2')!r})\n"
+        "print(sorted(name for name in ('tensorflow', 'clu', 'ray') if name in sys.modules), file=sys.stderr); sys.exit(code)"
+    )
+    ended = subprocess.run([*unshare, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stderr.splitlines()[-1] == "[]", ended.stderr

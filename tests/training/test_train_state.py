@@ -1,0 +1,102 @@
+"""Shapes and shardings of the training state, for models of every size, and the arrays that are made from them."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from lfm_jax.models import PRESETS, ComputeConfig, Decoder, ModelConfig, MoEConfig, functional
+from lfm_jax.sharding import MeshConfig, make_mesh
+from lfm_jax.training import OptimizerConfig, abstract_state, init_state, make_optimizer
+
+TINY = ModelConfig(
+    vocab_size=64, embed_dim=16, layer_types=("conv", "full_attention"), num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24,
+    moe=MoEConfig(num_experts=4, experts_per_token=2, mlp_dim=8, num_dense_layers=1),
+)  # fmt: skip
+MIXED = MeshConfig(data=2, fsdp=2, tensor=2)
+
+
+def _functions(config):
+    return functional(lambda rngs: Decoder(config, ComputeConfig(), rngs=rngs))
+
+
+def _abstract(config, mesh_config=MIXED):
+    return abstract_state(_functions(config), make_optimizer(OptimizerConfig(), 10), make_mesh(mesh_config))
+
+
+def _bytes(leaf, sharding):
+    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def test_parameters_and_their_moments_are_split_alike():
+    """By hand: embed over fsdp; heads, mlp, channels and vocab over tensor; what 2 does not divide stays whole."""
+    state = _abstract(TINY)
+    expected = {
+        ("embed", "embedding"): PartitionSpec("tensor", "fsdp"),
+        ("layers", 0, "operator", "in_proj"): PartitionSpec("fsdp", None, "tensor"),
+        ("layers", 0, "operator", "kernel"): PartitionSpec(None, "tensor"),
+        ("layers", 0, "mlp", "down"): PartitionSpec("tensor", "fsdp"),
+        ("layers", 1, "operator", "k_proj"): PartitionSpec("fsdp", "tensor", None),
+        ("layers", 1, "moe", "gate"): PartitionSpec(None, "fsdp", "tensor"),
+        ("final_norm", "scale"): PartitionSpec("fsdp"),
+    }
+    adam = next(part for part in state.opt_state if hasattr(part, "mu"))
+    for tree in (state.params, adam.mu, adam.nu):
+        for path, spec in expected.items():
+            leaf = tree
+            for key in path:
+                leaf = leaf[key]
+            assert leaf.sharding.spec == spec and leaf.dtype == jnp.float32
+    assert jax.tree.map(lambda leaf: leaf.sharding, adam.mu) == jax.tree.map(lambda leaf: leaf.sharding, state.params)
+    assert jax.tree.map(lambda leaf: leaf.sharding, adam.nu) == jax.tree.map(lambda leaf: leaf.sharding, state.params)
+    scalars = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == ()]
+    assert len(scalars) == 4 and all(leaf.sharding.spec == PartitionSpec() for leaf in scalars)
+
+
+def test_init_makes_what_was_announced_and_no_device_holds_more_than_its_part():
+    """On two meshes, to the same values."""
+    functions, optimizer = _functions(TINY), make_optimizer(OptimizerConfig(), 10)
+
+    def check(announced, leaf):
+        assert (announced.shape, announced.dtype, announced.sharding) == (leaf.shape, leaf.dtype, leaf.sharding)
+        assert {shard.data.nbytes for shard in leaf.addressable_shards} == {_bytes(announced, announced.sharding)}
+
+    states = []
+    for mesh in (make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(MIXED)):
+        abstract = abstract_state(functions, optimizer, mesh)
+        states.append(init_state(functions, optimizer, mesh, 5))
+        jax.tree.map(check, abstract, states[-1])
+        whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+        part = sum(_bytes(leaf, leaf.sharding) for leaf in jax.tree.leaves(abstract))
+        assert part < whole / 2 or mesh.size == 1
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+class Draw(nnx.Module):
+    """Four numbers drawn at random."""
+
+    def __init__(self, rngs):
+        self.scale = nnx.Param(jax.random.normal(rngs.params(), 4), axes=(None,))
+
+
+def test_initial_values_are_drawn_from_the_seed():
+    functions, optimizer, mesh = functional(Draw), make_optimizer(OptimizerConfig(), 10), make_mesh(MIXED)
+    first, again, other = (np.asarray(init_state(functions, optimizer, mesh, seed).params["scale"]) for seed in (5, 5, 6))
+    np.testing.assert_array_equal(first, again)
+    assert np.all(first != other)
+
+
+@pytest.mark.parametrize("name", ["lfm2_24b_a2b", "lfm3_1_7b"])
+def test_big_presets_are_described_without_an_array(name):
+    before = len(jax.live_arrays())
+    state = _abstract(PRESETS[name], MeshConfig(fsdp=8))
+    assert len(jax.live_arrays()) == before
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))
+    # Parameters and two moments, float32, split by eight but for a few vectors.
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    part = sum(_bytes(leaf, leaf.sharding) for leaf in jax.tree.leaves(state))
+    assert 12 * parameters / 8 < part < 1.001 * 12 * parameters / 8

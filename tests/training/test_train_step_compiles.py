@@ -1,0 +1,64 @@
+"""The whole training step through the TPU compiler (Mosaic and XLA), for chips that are not there."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lfm_jax.models import ComputeConfig, Decoder, functional, preset
+from lfm_jax.sharding import MeshConfig, activation_sharding, aot, make_mesh
+from lfm_jax.training import LossConfig, OptimizerConfig, abstract_state, make_optimizer, make_train_step, next_token_objective
+
+pytest.importorskip("libtpu")
+
+# The first blocks of the smallest preset, one of them attention, in one tile's width: what is compiled is the same, but sooner.
+MODEL = dataclasses.replace(
+    preset("nano"), layer_types=preset("nano").layer_types[:3], embed_dim=128, num_heads=2, num_kv_heads=1, head_dim=64,
+    mlp_dim=256, vocab_size=512,
+)  # fmt: skip
+ROWS_PER_CHIP, SEQ = 2, 512
+# chips: (topology, mesh)
+MESHES = {
+    1: ("v5e:2x2", MeshConfig()),
+    4: ("v5e:2x2", MeshConfig(data=2, fsdp=1, tensor=2)),
+    16: ("v5e:4x4", MeshConfig(data=2, fsdp=4, tensor=2)),
+}
+
+
+def _compiled(chips, accumulation=1):
+    """Forward, backward, clipping and AdamW, from shapes with shardings alone."""
+    topology, mesh_config = MESHES[chips]
+    mesh = make_mesh(mesh_config, aot.tpu_devices(topology)[:chips])
+    # "auto" would be float32 here: what is traced on a CPU does not know yet what it is compiled for.
+    compute = ComputeConfig(dtype="bfloat16", short_conv="pallas", remat="dots")
+    functions = functional(lambda rngs: Decoder(MODEL, compute, rngs=rngs))
+    optimizer = make_optimizer(OptimizerConfig(), 100)
+    objective = next_token_objective(LossConfig(z_loss=1e-4, block=256))
+    step = make_train_step(functions, optimizer, objective, mesh, seed=0, accumulation=accumulation)
+    rows = activation_sharding(mesh, ("batch",))
+    array = lambda dtype: jax.ShapeDtypeStruct((accumulation * ROWS_PER_CHIP * chips, SEQ), dtype, sharding=rows)
+    batch = {name: array(jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    batch["loss_mask"] = array(jnp.float32)
+    state = abstract_state(functions, optimizer, mesh)
+    return state, step.trace(state, batch).lower(lowering_platforms=("tpu",)).compile()
+
+
+@pytest.mark.parametrize("chips, accumulation", [(1, 1), (4, 1), (16, 2)])
+def test_training_step_with_pallas_compiles_on_16_chips(chips, accumulation):
+    state, compiled = _compiled(chips, accumulation)
+    text = compiled.as_text()
+    # Two convolutions: forward, forward again in the backward pass ("dots" keeps only matmuls), and backward.
+    assert text.count('custom_call_target="tpu_custom_call"') == 2 * 3
+    assert ("all-reduce" in text or "reduce-scatter" in text) == (chips > 1)
+    # The state leaves with the shardings that it came with, in the memory that it came in.
+    wrong = [
+        jax.tree_util.keystr(path)
+        for (path, leaf), sharding in zip(
+            jax.tree.leaves_with_path(state), jax.tree.leaves(compiled.output_shardings[0]), strict=True
+        )
+        if not sharding.is_equivalent_to(leaf.sharding, len(leaf.shape))
+    ]
+    assert not wrong
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes
