@@ -3,8 +3,8 @@
     python run.py --config=configs/evaluate.py --workdir=workdirs/evaluation --config.init_from=workdirs/quickstart
 
 `init_from` is the workdir of a run or any Hugging Face folder of an LFM2, LFM2-MoE or LFM3 model; the model's own tokenizer is
-used. As it stands the text is the held-out part of Python's standard library, so that the command above gives the quickstart's own
-`bits_per_byte`; a text of yours, all of it:
+used. As it stands the text is the held-out part of Python's standard library, so that the command above gives nearly the
+quickstart's own `bits_per_byte` (its rows are shorter); a text of yours, all of it:
 
     python run.py --config=configs/evaluate.py --workdir=workdirs/evaluation --config.init_from=workdirs/quickstart \
         --config.data.source=FOLDER --config.data.held_out_share=1

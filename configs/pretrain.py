@@ -11,8 +11,8 @@ The argument names the architecture; without it this is `nano`, which a laptop t
 
 What is published of LFM2's training: 10T tokens at 4k context (12T for the mixtures of experts), of LFM2.5 28T (230M: 19T,
 8B-A1B: 38T); nothing of LFM3's, and neither learning rates nor batch sizes of any. Those here are other small models' (see
-`_RECIPES`), are not tuned for this architecture, and are a place to start from. Mid-training at 32k and annealing are runs of their
-own, with `init_from`.
+`_RECIPES`), are not tuned for this architecture, and are a place to start from. Mid-training at 32k and annealing are runs of
+their own, with `init_from`.
 """
 
 from typing import Any, NamedTuple
@@ -35,9 +35,9 @@ class _Recipe(NamedTuple):
     weight_decay: float = 0.1
 
 
-# 3e-3 and a million tokens: SmolLM-135M and -360M (Hugging Face, 2024). 5e-4 and two million: SmolLM2-1.7B (Ben Allal et al. 2025);
-# 2e-4: SmolLM3-3B (2025). Between these sizes by a straight line in the logarithms. 4e-4, four million tokens and weight decay 0.1:
-# OLMoE-1B-7B (Muennighoff et al. 2024), whose 1.3B active parameters are closest to the mixtures here.
+# 3e-3 and a million tokens: SmolLM-135M and -360M (Hugging Face, 2024). 5e-4 and two million: SmolLM2-1.7B (Ben Allal et al.
+# 2025); 2e-4: SmolLM3-3B (2025). Between these sizes by a straight line in the logarithms. 4e-4, four million tokens and weight
+# decay 0.1: OLMoE-1B-7B (Muennighoff et al. 2024), whose 1.3B active parameters are closest to the mixtures here.
 _RECIPES = {
     "lfm2_5_230m": _Recipe(3e-3, _MILLION, 19 * _TRILLION),
     "lfm2_350m": _Recipe(3e-3, _MILLION, 10 * _TRILLION),

@@ -2,8 +2,9 @@
 
     python run.py --config=configs/quickstart.py --workdir=workdirs/quickstart
 
-Trains a tokenizer on Python's standard library and then the `nano` model (four short convolutions and two attention layers), measures
-it on held-out files, samples from it, and writes export/hf, which transformers reads. Expect FIGURES.
+Trains a tokenizer on Python's standard library and then the `nano` model (four short convolutions and two attention layers),
+measures it on held-out files, samples from it, and writes export/hf, which transformers reads. Expect `bits_per_byte` below
+`bigram_bits_per_byte` (1.85) and `unigram_bits_per_byte` (2.71), and `hf_greedy_agrees`.
 """
 
 from ml_collections import ConfigDict
@@ -16,6 +17,7 @@ def get_config(argument: str = "") -> ConfigDict:
     if argument:
         raise ValueError(f"{argument!r}: this config takes no argument")
     config = pretrain("nano")
-    config.train = {"steps": 600, "log_every": 10, "evaluate_every": 200, "checkpoint_every": 200}
+    config.train = {"steps": 450, "log_every": 10, "evaluate_every": 200, "checkpoint_every": 200}
     config.loader = {"seq_len": 256, "batch_size": 8}
+    config.evaluation_batches = 16
     return config

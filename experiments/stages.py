@@ -101,4 +101,5 @@ def _load_workdir(folder: epath.Path, compute: ComputeConfig, mesh: Mesh) -> Sta
     restored = Checkpoints(folder / CHECKPOINTS).restore(without_moments, partial=True)
     if restored is None:
         raise ConfigError(f"init_from={folder}: the run has no checkpoint yet; the command that started it resumes it.")
-    return Stage(config, functions, restored.state.params, restored.state.buffers, load_tokenizer(folder / TOKENIZER), folder / TOKENIZER, restored.step)
+    state, tokenizer = restored.state, load_tokenizer(folder / TOKENIZER)
+    return Stage(config, functions, state.params, state.buffers, tokenizer, folder / TOKENIZER, restored.step)

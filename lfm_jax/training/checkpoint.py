@@ -63,7 +63,8 @@ class Checkpoints:
 
     On several processes, which must all see the folder, each of them makes every call.
 
-    Used as a context manager, it waits at the end of the block for the save in flight.
+    Used as a context manager, it waits at the end of the block for the save in flight, also if an exception leaves the block; a
+    process that ends without waiting loses that save.
 
     Args:
       folder: need not exist; may be gs://.
@@ -137,9 +138,9 @@ class Checkpoints:
                 response = ocp.save_async(self._step(step) / STATE, arrays, overwrite=True)
         except Exception as error:
             raise self._not_written(step, error) from error
-        self._writer = threading.Thread(
-            target=self._finish, args=(response, sums, content, next(_SAVES)), name=f"checkpoint of step {step}"
-        )
+        # A daemon: when the interpreter ends, Orbax's threads end first, and waiting for them would never end.
+        arguments = (response, sums, content, next(_SAVES))
+        self._writer = threading.Thread(target=self._finish, args=arguments, name=f"checkpoint of step {step}", daemon=True)
         self._writer.start()
 
     def wait(self) -> None:

@@ -12,7 +12,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 class LoopProgress:
     """Progress of a loop of `total` steps, of which `start` were done before; a context manager.
 
-    On a terminal a bar with steps, text, elapsed time and the time that remains; elsewhere a line every ten seconds and at the end.
+    On a terminal a bar with steps, text, elapsed time and the time that remains; elsewhere a line every ten seconds, and a last.
     """
 
     def __init__(self, description: str, total: int, start: int = 0, console: Console | None = None):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from etils import epath
 
 from lfm_jax.training import checkpoint, checkpoint_manifest
 from lfm_jax.training.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
@@ -205,6 +206,9 @@ def test_kill_at_every_file_operation_leaves_complete_checkpoint(tmp_path):
         step, told = restore(moment)
         assert not any("damaged" in text for text in told), (told, files(moment))
         used.append(step)
+        for whole in map(epath.Path(moment).joinpath, (f"{step:08d}" for step in Checkpoints(moment).steps())):
+            manifest, problem = checkpoint_manifest.read(whole, int(whole.name))
+            assert problem is None and checkpoint_manifest.damaged_file(whole, manifest["files"]) is None
     assert used == sorted(used) and set(used) == {1, 2, 3} and len(used) > 20
     for moment in moments[:: len(moments) // 5]:
         save(Checkpoints(moment), 4)
@@ -230,15 +234,17 @@ for step in (1, 2):
     checkpoints.save(State(jnp.int32(step), {"kernel": kernel}), data_state={}, config={})
     if step == 2 and moment == "save returned":
         os._exit(9)
+    if step == 2 and moment == "an error":
+        raise SystemExit(9)
     checkpoints.wait()
 """
 
 
 def test_a_killed_process_leaves_the_step_before(tmp_path):
-    """Right after `save` returned; when the manifest is written and not yet in its place."""
-    folders = [tmp_path / "save returned", tmp_path / "manifest written"]
+    """Right after `save` returned; when the manifest is written and not yet in its place; and one that ends without waiting."""
+    folders = [tmp_path / "save returned", tmp_path / "manifest written", tmp_path / "an error"]
     killed = [subprocess.Popen([sys.executable, "-c", KILLED, folder, folder.name], cwd=ROOT) for folder in folders]
-    assert [process.wait() for process in killed] == [9, 9]
+    assert [process.wait() for process in killed] == [9, 9, 9]
     for folder in folders:
         step, told = restore(folder)
         assert step == 1
