@@ -295,8 +295,13 @@ class Checkpoints:
 
 
 def _saving() -> ocp.Context:
-    """Weights and moments are noise: compression would take 7 % off in twice the time. Nothing here reads a sharding file."""
+    """Weights and moments are noise: compression would take 7 % off in twice the time. Nothing here reads a sharding file.
+
+    Directories are made before `save` returns: a thread of Orbax that waits for those that are not made, because the process is
+    about to end, keeps it from ending for five minutes.
+    """
     context = ocp.Context()
+    context.asynchronous.create_directories_asynchronously = False
     context.array.saving.use_compression = False
     context.array.saving.enable_write_sharding_file = False
     return context
