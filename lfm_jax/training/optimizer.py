@@ -62,7 +62,7 @@ def decayed(params: Tree) -> Tree:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, Adam with float32 moments, decoupled decay, learning rate.
+    """Clipping, Adam with moments of the parameters' type (float32), decoupled decay, learning rate.
 
     The rate is computed in the update from the number of updates done; the state keeps it as `learning_rate`.
 
@@ -71,7 +71,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """
     return optax.chain(
         optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
-        _promoting(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.float32)),
+        _promoting(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         _scale_by_learning_rate(make_schedule(config.schedule, config.learning_rate, steps)),
     )

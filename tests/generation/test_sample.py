@@ -72,11 +72,18 @@ def test_draws_follow_the_tempered_nucleus():
     """20,000 draws against probabilities computed by hand; 4 standard deviations of a frequency are below 0.015."""
     logits = np.log([0.5, 0.25, 0.15, 0.1])
     tempered = np.exp(logits / 0.8) / np.exp(logits / 0.8).sum()
-    nucleus = tempered * [1, 1, 1, 0]  # 0.57 + 0.24 is short of 0.85, the third token crosses it
+    nucleus = tempered * [1, 1, 0, 0]  # 0.56 is short of 0.78, the second token crosses it; untempered it would be the third
     config = dataclasses.replace(CONFIG, vocab_size=4)
-    sampling = SamplingConfig(temperature=0.8, top_p=0.85)
+    sampling = SamplingConfig(temperature=0.8, top_p=0.78)
     draws = _choose(jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (20_000, 4)), jnp.int32(0), config, sampling)
     np.testing.assert_allclose(np.bincount(draws, minlength=4) / 20_000, nucleus / nucleus.sum(), atol=0.015)
+
+
+def test_every_row_and_every_step_draws_anew():
+    logits, sampling = jnp.zeros((1_000, 40)), SamplingConfig(temperature=1.0, top_p=1.0)
+    first, second = (np.asarray(_choose(logits, jnp.int32(step), CONFIG, sampling)) for step in (0, 1))
+    assert len(set(first)) == 40
+    assert np.mean(first == second) == pytest.approx(1 / 40, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,14 @@ def test_chunks_chained_by_states_equal_the_whole(implementation, dtype):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "pallas"])
+def test_a_wide_state_is_rounded_to_the_type_of_the_sequence(implementation):
+    (bcx, weight, _, _, _), _, _ = _inputs(jnp.bfloat16, 3, 1, 20, 8)
+    state = jax.random.normal(jax.random.key(9), (1, 2, 8))
+    run = functools.partial(short_conv, bcx, weight, implementation=implementation)
+    jax.tree.map(np.testing.assert_array_equal, run(initial_state=state), run(initial_state=state.astype(jnp.bfloat16)))
+
+
 @pytest.mark.parametrize("implementation", ["auto", "pallas", "reference"])
 @pytest.mark.parametrize("batch", [4, 3])
 def test_sharded_equals_unsharded(implementation, batch):

@@ -81,6 +81,15 @@ def test_grad_accum_equals_big_batch_unequal_lengths(accumulation, devices):
     np.testing.assert_allclose([1 - state.params["slope"][0], -state.params["scale"][0]], [slope, scale], rtol=1e-5)
 
 
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_no_row_moves_between_devices(accumulation):
+    """Devices exchange sums; a micro-batch is made of each device's own rows."""
+    step, state, mesh = _step(optax.sgd(1.0), 8, accumulation=accumulation)
+    program = step.lower(state, place_batch(_batch(rows=32), mesh)).compile().as_text()
+    assert "all-reduce" in program
+    assert not [name for name in ("all-gather", "all-to-all", "collective-permute") if name in program]
+
+
 def test_gradient_norm_is_the_one_before_clipping():
     config = OptimizerConfig(learning_rate=0.1, clip_norm=1e-3, b1=0, b2=0, eps=1.0, schedule=ScheduleConfig(decay_share=0.0))
     step, state, mesh = _step(make_optimizer(config, 10))
