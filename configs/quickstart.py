@@ -17,7 +17,7 @@ def get_config(argument: str = "") -> ConfigDict:
     if argument:
         raise ValueError(f"{argument!r}: this config takes no argument")
     config = pretrain("nano")
-    config.train = {"steps": 450, "log_every": 10, "evaluate_every": 200, "checkpoint_every": 200}
+    config.train = {"steps": 400, "log_every": 10, "evaluate_every": 200, "checkpoint_every": 200}
     config.loader = {"seq_len": 256, "batch_size": 8}
     config.evaluation_batches = 16
     return config

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import logging
 from typing import Any, Literal
 
 import jax
@@ -81,8 +82,14 @@ def _compare(config: ExportConfig, stage: Stage, folder: epath.Path) -> tuple[bo
     if not installed or config.check_tokens == 0:
         return None, None
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    for library in ("torch.utils", "torchao"):  # as transformers imports them, they warn of kernels for other hardware
+        logging.getLogger(library).setLevel(logging.ERROR)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     # Both sides compute in float32 from the weights as they were written.
     rounded = jax.tree.map(lambda leaf: leaf.astype(config.dtype).astype(jnp.float32), stage.params)
     functions = model_functions(stage.config, ComputeConfig(dtype="float32"))

@@ -10,7 +10,7 @@ from lfm_jax.arrays import Hidden, Mask
 from lfm_jax.models.cache import AttentionState, CacheBytes
 from lfm_jax.models.config import ComputeConfig, ModelConfig
 from lfm_jax.models.context import Context
-from lfm_jax.models.layers import RMSNorm, apply_rope, compute_dtype, parameter
+from lfm_jax.models.layers import RMSNorm, apply_rope, compute_dtype, parameter, project
 from lfm_jax.sharding import constrain
 
 
@@ -53,11 +53,11 @@ class Attention(nnx.Module):
         self.dtype = compute_dtype(compute)
 
     def __call__(self, x: Hidden, context: Context, state: AttentionState | None) -> tuple[Hidden, AttentionState | None]:
-        project = lambda weight: jnp.einsum("bse,ehd->bshd", x, weight[...].astype(self.dtype))
+        heads = lambda weight: project(x, weight[...].astype(self.dtype))
         phases = context.rope[self.kind]
-        query = constrain(apply_rope(self.q_norm(project(self.q_proj)), phases), ("batch", None, "heads", None))
-        key = constrain(apply_rope(self.k_norm(project(self.k_proj)), phases), ("batch", None, "kv_heads", None))
-        value = constrain(project(self.v_proj), ("batch", None, "kv_heads", None))
+        query = constrain(apply_rope(self.q_norm(heads(self.q_proj)), phases), ("batch", None, "heads", None))
+        key = constrain(apply_rope(self.k_norm(heads(self.k_proj)), phases), ("batch", None, "kv_heads", None))
+        value = constrain(heads(self.v_proj), ("batch", None, "kv_heads", None))
         if state is not None:
             rows = jnp.arange(x.shape[0])[:, None]
             # Padding has a slot past the end, and "drop" leaves the cache as it was there.
@@ -68,9 +68,9 @@ class Attention(nnx.Module):
             key, value = state.keys.astype(self.dtype), state.values.astype(self.dtype)
         out = grouped_attention(query, key, value, context.masks[self.kind])
         if self.gated:
-            gate = jax.nn.sigmoid(jnp.einsum("bse,eh->bsh", x, self.gate_proj[...].astype(self.dtype)).astype(jnp.float32))
+            gate = jax.nn.sigmoid(project(x, self.gate_proj[...].astype(self.dtype)).astype(jnp.float32))
             out = out * gate[..., None].astype(self.dtype)
-        return jnp.einsum("bshd,hde->bse", out, self.out_proj[...].astype(self.dtype)), state
+        return project(out, self.out_proj[...].astype(self.dtype), 2), state
 
     @classmethod
     def window(cls, config: ModelConfig) -> int | None:

@@ -10,12 +10,12 @@ from lfm_jax.arrays import Hidden, Logits, Positions, SegmentIds, Tokens
 from lfm_jax.models.cache import DecoderCache
 from lfm_jax.models.config import ComputeConfig, ModelConfig
 from lfm_jax.models.context import Context, cached_context, training_context
-from lfm_jax.models.layers import MLP, Embedding, RMSNorm, compute_dtype, parameter
+from lfm_jax.models.layers import MLP, PROJECTED, Embedding, RMSNorm, compute_dtype, parameter, project
 from lfm_jax.models.moe import MoE
 from lfm_jax.models.operators import OPERATORS
 from lfm_jax.sharding import constrain
 
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names(PROJECTED), "full": None}
 
 
 class DecoderOutput(NamedTuple):
@@ -112,7 +112,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Hidden) -> Logits:
         """Scores of the next token over all rows of the vocabulary, [..., vocab] float32; padded rows included."""
         weight = self.embed.embedding[...].T if self.config.tie_embeddings else self.lm_head[...]
-        return jnp.einsum("...e,ev->...v", hidden, weight.astype(self.dtype), preferred_element_type=jnp.float32)
+        return project(hidden, weight.astype(self.dtype), dtype=jnp.float32)
 
     def _blocks(self, tokens: Tokens, context: Context, cache: DecoderCache | None):
         hidden = constrain(self.embed(tokens), ("batch", None, None))

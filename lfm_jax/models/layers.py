@@ -1,8 +1,11 @@
 """Norm, embedding, rotary phases and the dense feed-forward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lfm_jax.arrays import Hidden, Positions, Tokens
 from lfm_jax.models.config import ComputeConfig, RopeConfig
@@ -20,6 +23,47 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ..
     """A float32 matrix drawn from a normal of standard deviation gain / sqrt(fan_in), truncated at two deviations."""
     draw = nnx.initializers.truncated_normal(gain * fan_in**-0.5, dtype=jnp.float32)
     return nnx.Param(draw(rngs.params(), shape), axes=axes)
+
+
+PROJECTED = "projected"  # the name by which rematerialisation knows what `project` returns
+
+
+def project(x: jax.Array, weight: jax.Array, contracted: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
+    """x times weight: `jnp.tensordot(x, weight, contracted)`, its gradients as matmuls that no layout makes slow.
+
+    What autodiff derives for the weight is the transpose of the product below; XLA on CPUs copies an operand to undo that, and
+    then takes a slower matmul: a feed-forward layer took 2.5 times as long (docs/log.md, 2026-11-25).
+
+    Args:
+      x: [batch, seq, *inner]; weight: [*inner, *outer]; contracted: the number of inner axes; dtype: of the result, that of x
+        if None.
+    Returns:
+      [batch, seq, *outer].
+    """
+    return checkpoint_name(_tensordot(x, weight, contracted, dtype), PROJECTED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _tensordot(x: jax.Array, weight: jax.Array, contracted: int, dtype: jnp.dtype | None) -> jax.Array:
+    return jnp.tensordot(x, weight, contracted, preferred_element_type=dtype)
+
+
+def _tensordot_forward(x: jax.Array, weight: jax.Array, contracted: int, dtype: jnp.dtype | None):
+    return _tensordot(x, weight, contracted, dtype), (x, weight)
+
+
+def _tensordot_backward(contracted: int, dtype: jnp.dtype | None, saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
+    x, weight = saved
+    rows = tuple(range(x.ndim - contracted))
+    outer = tuple(range(contracted, weight.ndim))
+    outer_of_gradient = tuple(range(len(rows), gradient.ndim))
+    return (
+        jnp.tensordot(gradient, weight, (outer_of_gradient, outer), preferred_element_type=x.dtype),
+        jnp.tensordot(x, gradient, (rows, rows), preferred_element_type=weight.dtype),
+    )
+
+
+_tensordot.defvjp(_tensordot_forward, _tensordot_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -58,9 +102,9 @@ class MLP(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Hidden) -> Hidden:
-        gate = constrain(x @ self.gate[...].astype(self.dtype), ("batch", None, "mlp"))
-        up = constrain(x @ self.up[...].astype(self.dtype), ("batch", None, "mlp"))
-        return (jax.nn.silu(gate) * up) @ self.down[...].astype(self.dtype)
+        gate = constrain(project(x, self.gate[...].astype(self.dtype)), ("batch", None, "mlp"))
+        up = constrain(project(x, self.up[...].astype(self.dtype)), ("batch", None, "mlp"))
+        return project(jax.nn.silu(gate) * up, self.down[...].astype(self.dtype))
 
 
 def rope_phases(positions: Positions, head_dim: int, config: RopeConfig) -> tuple[jax.Array, jax.Array]:

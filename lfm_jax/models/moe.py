@@ -6,7 +6,7 @@ from flax import nnx
 
 from lfm_jax.arrays import Hidden
 from lfm_jax.models.config import MoEConfig
-from lfm_jax.models.layers import parameter
+from lfm_jax.models.layers import parameter, project
 from lfm_jax.sharding import map_shards
 
 
@@ -52,7 +52,7 @@ class MoE(nnx.Module):
 
     def route(self, x: Hidden) -> tuple[jax.Array, jax.Array]:
         """The chosen experts [batch, seq, top_k] int32 and their weights [batch, seq, top_k] float32."""
-        logits = jnp.einsum("bse,ex->bsx", x.astype(jnp.float32), self.router[...])
+        logits = project(x.astype(jnp.float32), self.router[...])
         scores = jax.nn.sigmoid(logits)
         choice = scores + self.expert_bias[...][None, None, :] if self.config.expert_bias else scores
         _, experts = jax.lax.top_k(jax.lax.stop_gradient(choice), self.config.experts_per_token)

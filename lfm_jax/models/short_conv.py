@@ -9,7 +9,7 @@ from lfm_jax.kernels import short_conv
 from lfm_jax.models.cache import CacheBytes, ConvState
 from lfm_jax.models.config import ComputeConfig, ModelConfig
 from lfm_jax.models.context import Context
-from lfm_jax.models.layers import compute_dtype, parameter
+from lfm_jax.models.layers import compute_dtype, parameter, project
 from lfm_jax.sharding import constrain
 
 
@@ -45,7 +45,7 @@ class ShortConv(nnx.Module):
     def __call__(self, x: Hidden, context: Context, state: ConvState | None) -> tuple[Hidden, ConvState | None]:
         # The three parts on the leading axis: the matmul writes them apart, and no slice of a wider array is ever copied. An
         # einsum to "pbsc" says the same, but TPUs get a slower matmul for it (docs/benchmarks/short_conv.md).
-        bcx = jnp.einsum("bse,epc->bspc", x, self.in_proj[...].astype(self.dtype)).transpose(2, 0, 1, 3)
+        bcx = project(x, self.in_proj[...].astype(self.dtype)).transpose(2, 0, 1, 3)
         if self.biased:
             bcx = bcx + self.in_bias[...].astype(self.dtype)[:, None, None, :]
         bcx = constrain(bcx, (None, "batch", None, "channels"))
@@ -60,7 +60,7 @@ class ShortConv(nnx.Module):
         )
         if state is not None:
             state = _last_window(state, bcx, context.new_lengths)
-        out = mixed @ self.out_proj[...].astype(self.dtype)
+        out = project(mixed, self.out_proj[...].astype(self.dtype))
         if self.biased:
             out = out + self.out_bias[...].astype(self.dtype)[None, None, :]
         return out, state

@@ -76,7 +76,8 @@ class Checkpoints:
         for name, value in {"keep": keep, "keep_every": keep_every}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self._folder = epath.Path(folder)
+        folder = epath.Path(folder)
+        self._folder = folder if folder.is_absolute() else folder.resolve()  # Orbax takes no other; gs:// is absolute as it is
         self._keep, self._keep_every = keep, keep_every
         self._writer: threading.Thread | None = None
         self._failure: Exception | None = None

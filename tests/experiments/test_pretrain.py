@@ -1,5 +1,6 @@
 """The main job end to end, as a user runs it: on a folder of text, resumed after a kill, evaluated, exported, trained on from."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -55,7 +56,8 @@ def losses(workdir):
 def trained(text, tmp_path_factory):
     """The workdir of a finished run."""
     workdir = tmp_path_factory.mktemp("runs") / "trained"
-    assert run.main(command(text, workdir)) == 0
+    with contextlib.chdir(workdir.parent):
+        assert run.main(command(text, workdir.name)) == 0
     return workdir
 
 

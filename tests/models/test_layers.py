@@ -1,12 +1,41 @@
-"""Norm and rotation against closed forms in float64."""
+"""Projection, norm and rotation against closed forms in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from lfm_jax.models.config import RopeConfig
-from lfm_jax.models.layers import RMSNorm, apply_rope, rope_phases
+from lfm_jax.models.layers import RMSNorm, apply_rope, project, rope_phases
+
+
+@pytest.mark.parametrize(
+    "formula, x, weight, contracted",
+    [
+        ("bse,em->bsm", (2, 5, 8), (8, 6), 1),
+        ("bse,ehd->bshd", (2, 5, 8), (8, 3, 4), 1),
+        ("bshd,hde->bse", (2, 5, 3, 4), (3, 4, 8), 2),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_projection_and_its_gradients_equal_einsum(formula, x, weight, contracted, dtype):
+    """Against NumPy in float64, each of the three products by its own formula; they round once, to the type of the result."""
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (x, weight))
+    out, gradients = jax.vjp(lambda x, weight: project(x, weight, contracted), x, weight)
+    cotangent = jnp.asarray(rng.normal(size=out.shape), dtype)
+    left, right = (axes.split(",") for axes in formula.split("->"))
+    wide = lambda array: np.asarray(array, np.float64)
+    expected = {
+        "out": (out, np.einsum(formula, wide(x), wide(weight))),
+        "x": (gradients(cotangent)[0], np.einsum(f"{right[0]},{left[1]}->{left[0]}", wide(cotangent), wide(weight))),
+        "weight": (gradients(cotangent)[1], np.einsum(f"{left[0]},{right[0]}->{left[1]}", wide(x), wide(cotangent))),
+    }
+    for name, (ours, theirs) in expected.items():
+        assert ours.dtype == dtype, name
+        tolerance = 1e-5 if dtype == jnp.float32 else 2**-8
+        np.testing.assert_allclose(wide(ours), theirs, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
 def _rotation_float64(x, positions, theta, fraction):

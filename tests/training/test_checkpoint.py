@@ -106,6 +106,16 @@ def damage_data(step: Path) -> None:
     file.write_bytes(data)
 
 
+def test_a_relative_folder_is_of_the_directory_it_was_named_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints("run/checkpoints")
+    save(checkpoints, 1)
+    monkeypatch.chdir("/")
+    assert checkpoints.steps() == [1]
+    assert restore(tmp_path / "run" / "checkpoints")[0].step == 1
+    assert Checkpoints("gs://bucket/run")._folder == epath.Path("gs://bucket/run")
+
+
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two_steps") / "checkpoints"
