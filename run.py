@@ -9,34 +9,34 @@ refused, unless --allow_config_change says that the run shall go on with them.
 """
 
 import ast
-import dataclasses
 import difflib
 import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
-from lfm_jax.configuration import ConfigError, flatten, from_mapping, nearest, override, to_mapping
+from lfm_jax.configuration import ConfigError, flatten, from_mapping, nearest, override, to_mapping, with_defaults
 
 ROOT = Path(__file__).resolve().parent
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
+class Request(NamedTuple):
     """What a command line asks for.
 
-    config: the experiment's dataclass, with the overrides in it.
-    record: what config.json says: the experiment, how it was asked for, and every field.
+    module: the experiment, with `Config` and `main`. settings: for `Config`, overrides in them, not checked yet.
+    values: every field by dotted path, to be read. about: the experiment's name and how it was asked for, for config.json.
+    docstring: of the config file.
     """
 
-    main: Callable[..., None]
-    config: Any
-    record: dict[str, Any]
+    module: types.ModuleType
+    settings: dict[str, Any]
+    values: dict[str, Any]
+    about: dict[str, Any]
     docstring: str
 
 
@@ -99,8 +99,8 @@ def _list() -> None:
 
 
 def _load_config_file(name: str) -> Any:
-    path = Path(name)
-    if not path.is_file():
+    path = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
+    if path is None:
         raise ConfigError(f"--config={name}: there is no such file. {nearest(name, _config_files())}")
     spec = importlib.util.spec_from_file_location("config", path)
     if spec is None or spec.loader is None:
@@ -110,11 +110,11 @@ def _load_config_file(name: str) -> Any:
     return module
 
 
-def _prepare(name: str | None, overrides: list[tuple[str, str]]) -> Run:
-    """Reads the config file, applies the overrides, and builds the experiment's configuration.
+def _read(name: str | None, overrides: list[tuple[str, str]]) -> Request:
+    """Reads the config file and applies the overrides.
 
     Raises:
-      ConfigError: any mistake in the name, the argument, a field's name or a value.
+      ConfigError: a mistake in the name, the argument, a field's name or a value.
     """
     if not name:
         raise ConfigError(f"--config is missing: say what to run. {nearest('', _config_files())}")
@@ -126,37 +126,25 @@ def _prepare(name: str | None, overrides: list[tuple[str, str]]) -> Run:
         raise ConfigError(f"--config={name}: {error}") from error
     experiment = settings.pop("experiment")
     experiment_module = importlib.import_module(f"experiments.{experiment}")
-    cls = experiment_module.Config
-    changed = dict(settings)
+    preset = flatten(with_defaults(experiment_module.Config, settings))
     for path, text in overrides:
         try:
-            override(cls, changed, path, text)
+            override(experiment_module.Config, settings, path, text)
         except ConfigError as error:
             raise ConfigError(f"--config.{error}") from error
-    config = from_mapping(cls, changed)
-    preset, resolved = _preset_values(cls, settings), to_mapping(config)
-    values = flatten(resolved)
+    values = flatten(with_defaults(experiment_module.Config, settings))
     differences = {path: preset.get(path) for path, _ in overrides if path in values and preset.get(path) != values[path]}
-    invocation = {"config": name, "preset_values": differences}
-    record = {"experiment": experiment, "invocation": invocation, **resolved}
-    return Run(experiment_module.main, config, record, module.__doc__ or "")
+    about = {"experiment": experiment, "invocation": {"config": name, "preset_values": differences}}
+    return Request(experiment_module, settings, values, about, module.__doc__ or "")
 
 
-def _preset_values(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
-    """Every field as the config file has it, by dotted path, without the command line's overrides."""
-    try:
-        return flatten(to_mapping(from_mapping(cls, settings)))
-    except ConfigError:  # the file leaves a field to the command line
-        return flatten(settings)
-
-
-def _describe(run: Run) -> None:
-    print(run.docstring.strip(), end="\n\n")
-    for path, value in flatten(to_mapping(run.config)).items():
+def _describe(request: Request) -> None:
+    print(request.docstring.strip(), end="\n\n")
+    for path, value in request.values.items():
         print(f"--config.{path}={','.join(map(str, value)) if isinstance(value, list) else value}")
 
 
-def _check_workdir(path: Any, run: Run, allow_change: bool) -> None:
+def _check_workdir(path: Any, record: dict[str, Any], allow_change: bool) -> None:
     """Refuses to mix two runs in one folder.
 
     Raises:
@@ -165,12 +153,12 @@ def _check_workdir(path: Any, run: Run, allow_change: bool) -> None:
     if not path.exists():
         return
     earlier = json.loads(path.read_text())
-    if earlier["experiment"] != run.record["experiment"]:
+    if earlier["experiment"] != record["experiment"]:
         raise ConfigError(
-            f"{path.parent} holds a run of the experiment {earlier['experiment']!r}, this is {run.record['experiment']!r}; "
+            f"{path.parent} holds a run of the experiment {earlier['experiment']!r}, this is {record['experiment']!r}; "
             "give another --workdir."
         )
-    old, new = (flatten({key: value for key, value in record.items() if key != "invocation"}) for record in (earlier, run.record))
+    old, new = (flatten({key: value for key, value in record.items() if key != "invocation"}) for record in (earlier, record))
     differences = [f"{name} was {old.get(name)}, is {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]
     if differences and not allow_change:
         raise ConfigError(
@@ -190,10 +178,12 @@ def _run(arguments: list[str]) -> None:
     if values.list:
         _list()
         return
-    run = _prepare(values.config, overrides)
+    request = _read(values.config, overrides)
     if values.describe:
-        _describe(run)
+        _describe(request)
         return
+    config = from_mapping(request.module.Config, request.settings)
+    record = {**request.about, **to_mapping(config)}
     if not values.workdir:
         raise ConfigError("--workdir is missing: name the folder for this run's files, e.g. --workdir=workdirs/first.")
     from etils import epath
@@ -201,13 +191,13 @@ def _run(arguments: list[str]) -> None:
     from experiments.results import write_json
 
     workdir = epath.Path(values.workdir)
-    _check_workdir(workdir / "config.json", run, values.allow_config_change)
+    _check_workdir(workdir / "config.json", record, values.allow_config_change)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--workdir={workdir} cannot be made ({error.strerror}): name a folder, new or a run's.") from error
-    write_json(workdir / "config.json", run.record)
-    run.main(run.config, workdir)
+    write_json(workdir / "config.json", record)
+    request.module.main(config, workdir)
 
 
 def main(arguments: list[str]) -> int:

@@ -64,7 +64,10 @@ _SMALL = {"nano": _SmallRecipe(4e-3, 16, 6000), "micro": _SmallRecipe(3e-3, 32, 
 
 def _pod(name: str, recipe: _Recipe) -> dict[str, Any]:
     steps = recipe.tokens // recipe.batch
+    model = preset(name)
     return {
+        # The text has no default here; a tokenizer is trained on it unless tokenizer_from names one.
+        "tokenizer": {"vocab_size": model.tokenizer_vocab_size or model.vocab_size, "train_bytes": 1 << 28},
         "compute": {"dtype": "bfloat16", "remat": recipe.remat},
         "loader": {"seq_len": SEQ_LEN, "batch_size": recipe.batch // SEQ_LEN},
         "optimizer": {
@@ -80,6 +83,7 @@ def _pod(name: str, recipe: _Recipe) -> dict[str, Any]:
 
 def _cpu(name: str, recipe: _SmallRecipe) -> dict[str, Any]:
     return {
+        "data": {"source": "stdlib"},
         "tokenizer": {"vocab_size": preset(name).vocab_size},
         "loader": {"seq_len": 512, "batch_size": recipe.rows},
         "optimizer": {

@@ -31,7 +31,7 @@ class DocumentsConfig:
     held_out_source: another source, all of which is the held-out split; all of `source` is then the training split.
     """
 
-    source: str = STANDARD_LIBRARY
+    source: str
     text_field: str = "text"
     held_out_share: float = 0.05
     held_out_source: str | None = None

@@ -12,6 +12,7 @@ from absl import flags
 from data_pipelines.packing import Batch, PackedRows, pack_documents
 from data_pipelines.token_shards import TokenShards
 from data_pipelines.tokenizer import Tokenizer
+from lfm_jax.configuration import ConfigError
 
 # Batches that are made ahead of the one in use.
 _AHEAD = 2
@@ -48,12 +49,20 @@ class DatasetIterator(Protocol):
 
     def __next__(self) -> Batch: ...
 
+    def __len__(self) -> int:
+        """How many there are in all, from the first on."""
+        ...
+
     def get_state(self) -> dict[str, Any]:
         """Small, and made of what JSON can hold."""
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to where `get_state` was called, maybe on another number of hosts."""
+        """Goes to where `get_state` was called, maybe on another number of hosts.
+
+        Raises:
+          ConfigError: the state is of other batches.
+        """
         ...
 
     def close(self) -> None:
@@ -161,6 +170,9 @@ class _TrainingBatches:
     def __iter__(self) -> "_TrainingBatches":
         return self
 
+    def __len__(self) -> int:
+        return len(self._batches)
+
     def __next__(self) -> Batch:
         if self._step >= len(self._batches):
             self.close()
@@ -187,7 +199,7 @@ class _TrainingBatches:
         then = {name: state.get(name) for name in self._about}
         changed = [f"{name} was {then[name]!r}, is {self._about[name]!r}" for name in then if then[name] != self._about[name]]
         if changed:
-            raise ValueError(
+            raise ConfigError(
                 f"the state is of other batches: {'; '.join(changed)}; go on with the same text and settings, or start anew"
             )
         self.close()

@@ -8,9 +8,9 @@ from data_pipelines import DocumentsConfig
 from experiments.held_out import HeldOut
 from experiments.prepared_data import prepare_split
 from experiments.results import write_results
-from experiments.stages import load_stage
+from experiments.stages import load_stage, mesh_for
 from lfm_jax.models import ComputeConfig
-from lfm_jax.sharding import MeshConfig, make_mesh
+from lfm_jax.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Config:
     """init_from: the workdir of a run, or a Hugging Face folder; data: of which the held-out split is measured."""
 
     init_from: str
-    data: DocumentsConfig = DocumentsConfig()
+    data: DocumentsConfig
     seq_len: int = 512
     batch_size: int = 16
     compute: ComputeConfig = ComputeConfig()
@@ -27,7 +27,7 @@ class Config:
 
 def main(config: Config, workdir: epath.Path) -> None:
     """Measures the held-out split of the text with the model's own tokenizer."""
-    mesh = make_mesh(config.mesh)
+    mesh = mesh_for(config.mesh, config.batch_size)
     stage = load_stage(config.init_from, config.compute, mesh)
     shards = prepare_split(workdir, config.data, "held_out", stage.tokenizer)
     held_out = HeldOut(shards, stage.tokenizer, stage.functions, config.seq_len, config.batch_size, mesh)

@@ -13,13 +13,13 @@ from etils import epath
 
 from data_pipelines import Tokenizer
 from experiments.results import write_results
-from experiments.stages import Stage, load_stage, model_functions
+from experiments.stages import Stage, load_stage, mesh_for, model_functions
 from lfm_jax.arrays import Tokens
 from lfm_jax.generation import SamplingConfig, generate
 from lfm_jax.interop import GenerationSettings, export_folder
 from lfm_jax.models import ComputeConfig, FunctionalModel
 from lfm_jax.models.functional import Tree
-from lfm_jax.sharding import MeshConfig, make_mesh
+from lfm_jax.sharding import MeshConfig
 
 _PROMPT = "The first line of the file says"
 
@@ -115,5 +115,5 @@ def _logits(functions: FunctionalModel, params: Tree, buffers: Tree, tokens: Tok
 
 def main(config: Config, workdir: epath.Path) -> None:
     """Writes the folder and what the comparison says."""
-    stage = load_stage(config.init_from, config.compute, make_mesh(config.mesh))
+    stage = load_stage(config.init_from, config.compute, mesh_for(config.mesh))
     write_results(workdir, export_and_check(config.export, stage, workdir), config)

@@ -18,6 +18,7 @@ from data_pipelines import (
     write_token_shards,
 )
 from experiments.stages import TOKENIZER
+from lfm_jax.configuration import mistakes_in
 
 TOKENS = "tokens"
 _TOKENIZER_FILES = (
@@ -29,21 +30,27 @@ def prepare_tokenizer(workdir: epath.Path, data: DocumentsConfig, training: Toke
     """The tokenizer in the workdir, which is first copied there from `given`, or trained on the training split.
 
     Raises:
-      FileNotFoundError: `given` holds no tokenizer.
+      ConfigError: `given` holds no tokenizer, or one that cannot be used; or the text cannot be read, or gives no tokenizer.
     """
     folder = workdir / TOKENIZER
-    if given is not None:
-        _once(folder, lambda: _copy_tokenizer(epath.Path(given), folder))
-    else:
-        _once(folder, lambda: train_tokenizer(training, read_documents(data, "train"), folder))
-    return load_tokenizer(folder)
+    with mistakes_in("data" if given is None else "tokenizer_from"):
+        if given is None:
+            _once(folder, lambda: train_tokenizer(training, read_documents(data, "train"), folder))
+        else:
+            _once(folder, lambda: _copy_tokenizer(epath.Path(given), folder))
+        return load_tokenizer(folder)
 
 
 def prepare_split(workdir: epath.Path, data: DocumentsConfig, split: str, tokenizer: Tokenizer) -> TokenShards:
-    """The token shards of a split ("train" or "held_out") in the workdir, made there first if they are not."""
+    """The token shards of a split ("train" or "held_out") in the workdir, made there first if they are not.
+
+    Raises:
+      ConfigError: the text cannot be read, or the shards in the workdir are damaged or another tokenizer's.
+    """
     folder = workdir / TOKENS / split
-    _once(folder, lambda: write_token_shards(read_documents(data, split), tokenizer, folder))
-    return read_token_shards(folder, tokenizer)
+    with mistakes_in("data"):
+        _once(folder, lambda: write_token_shards(read_documents(data, split), tokenizer, folder))
+        return read_token_shards(folder, tokenizer)
 
 
 def _once(folder: epath.Path, make: Callable[[], object]) -> None:

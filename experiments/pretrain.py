@@ -19,12 +19,20 @@ from experiments.export import ExportConfig, export_and_check
 from experiments.held_out import HeldOut
 from experiments.prepared_data import prepare_split, prepare_tokenizer
 from experiments.results import write_results
-from experiments.stages import TOKENIZER, Stage, fit_vocabulary, load_stage, model_functions, write_model_config
+from experiments.stages import (
+    TOKENIZER,
+    Stage,
+    fit_vocabulary,
+    load_stage,
+    mesh_for,
+    model_functions,
+    write_model_config,
+)  # fmt: skip
 from lfm_jax.configuration import ConfigError, to_mapping
 from lfm_jax.generation import SamplingConfig, generate
 from lfm_jax.models import ComputeConfig, ModelConfig
 from lfm_jax.models.accounting import parameter_groups, training_flops_per_token
-from lfm_jax.sharding import MeshConfig, make_mesh
+from lfm_jax.sharding import MeshConfig
 from lfm_jax.training import (
     LossConfig,
     OptimizerConfig,
@@ -53,7 +61,7 @@ class Config:
     model: ModelConfig | None = None
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
-    data: DocumentsConfig = DocumentsConfig()
+    data: DocumentsConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     tokenizer_from: str | None = None
     loader: LoaderConfig
@@ -74,7 +82,7 @@ class Config:
 def main(config: Config, workdir: epath.Path) -> None:
     """Prepares the text, trains, measures on the held-out split, samples, exports, and writes every figure."""
     watch = _Stopwatch()
-    mesh = make_mesh(config.mesh)
+    mesh = mesh_for(config.mesh, config.loader.batch_size, config.train.accumulation)
     before = None if config.init_from is None else load_stage(config.init_from, config.compute, mesh)
     tokenizer_from = config.tokenizer_from or (before and str(before.tokenizer_path))
     tokenizer = prepare_tokenizer(workdir, config.data, config.tokenizer, tokenizer_from)
@@ -84,13 +92,19 @@ def main(config: Config, workdir: epath.Path) -> None:
     model = fit_vocabulary(_architecture(config, before), tokenizer)
     write_model_config(workdir, model)
     functions = model_functions(model, config.compute)
+    batches = training_batches(shards["train"], config.loader, tokenizer)
+    if config.train.steps > len(batches):
+        raise ConfigError(
+            f"train.steps is {config.train.steps}, but loader.epochs={config.loader.epochs} of the text make {len(batches)} "
+            f"batches; raise loader.epochs (None: without end), or set --config.train.steps={len(batches)}."
+        )
     held_out = HeldOut(shards["held_out"], tokenizer, functions, config.loader.seq_len, config.loader.batch_size, mesh)
     trained = train(
         config.train,
         functions=functions,
         optimizer=make_optimizer(config.optimizer, config.train.steps),
         objective=next_token_objective(config.loss),
-        batches=training_batches(shards["train"], config.loader, tokenizer),
+        batches=batches,
         mesh=mesh,
         workdir=workdir,
         run_config=to_mapping(config),

@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 
 from data_pipelines import Tokenizer, load_tokenizer
 from experiments.results import write_json
-from lfm_jax.configuration import ConfigError, from_mapping, to_mapping
+from lfm_jax.configuration import ConfigError, from_mapping, mistakes_in, to_mapping
 from lfm_jax.interop import import_folder, read_config
 from lfm_jax.models import ComputeConfig, Decoder, FunctionalModel, ModelConfig, functional
 from lfm_jax.models.functional import Tree
-from lfm_jax.sharding import parameter_sharding
-from lfm_jax.training import Checkpoints, abstract_state
+from lfm_jax.sharding import MeshConfig, make_mesh, parameter_sharding
+from lfm_jax.training import CheckpointError, Checkpoints, abstract_state, check_rows
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model.json"
@@ -37,6 +37,19 @@ class Stage(NamedTuple):
     tokenizer: Tokenizer
     tokenizer_path: epath.Path
     step: int | None
+
+
+def mesh_for(config: MeshConfig, batch_size: int | None = None, accumulation: int = 1) -> Mesh:
+    """The mesh over all devices, over which batches of so many rows, taken in so many micro-batches, divide.
+
+    Raises:
+      ConfigError: it does not fit the devices, or the batches do not fit it.
+    """
+    with mistakes_in("mesh"):
+        mesh = make_mesh(config)
+        if batch_size is not None:
+            check_rows(batch_size, accumulation, mesh)
+    return mesh
 
 
 def model_functions(config: ModelConfig, compute: ComputeConfig) -> FunctionalModel:
@@ -67,15 +80,16 @@ def load_stage(path: str, compute: ComputeConfig, mesh: Mesh) -> Stage:
     """The model in a workdir (of its newest checkpoint that verifies) or in a Hugging Face folder, sharded over the mesh.
 
     Raises:
-      ConfigError: `path` is no such folder. Damage inside of one is told by who reads it: `Checkpoints`, `import_folder`.
+      ConfigError: `path` is no such folder, or what is in it is damaged or incomplete.
     """
     folder = epath.Path(path)
-    if (folder / MODEL).exists():
-        return _load_workdir(folder, compute, mesh)
-    if (folder / "config.json").exists() and "model_type" in json.loads((folder / "config.json").read_text()):
-        return _load_huggingface(folder, compute, mesh)
+    with mistakes_in("init_from"):
+        if (folder / MODEL).exists():
+            return _load_workdir(folder, compute, mesh)
+        if (folder / "config.json").exists() and "model_type" in json.loads((folder / "config.json").read_text()):
+            return _load_huggingface(folder, compute, mesh)
     raise ConfigError(
-        f"init_from={path}: no model is there. Expected the workdir of a run ({MODEL} and {CHECKPOINTS}/) or a Hugging Face "
+        f"{path}: no model is there. Expected the workdir of a run ({MODEL} and {CHECKPOINTS}/) or a Hugging Face "
         "folder (config.json with a model_type, and safetensors)."
     )
 
@@ -95,11 +109,17 @@ def _load_huggingface(folder: epath.Path, compute: ComputeConfig, mesh: Mesh) ->
 
 
 def _load_workdir(folder: epath.Path, compute: ComputeConfig, mesh: Mesh) -> Stage:
-    config = from_mapping(ModelConfig, json.loads((folder / MODEL).read_text()))
+    try:
+        config = from_mapping(ModelConfig, json.loads((folder / MODEL).read_text()))
+    except ValueError as error:
+        raise ConfigError(f"{folder / MODEL}: {error}") from error
     functions = model_functions(config, compute)
     without_moments = abstract_state(functions, optax.identity(), mesh)
-    restored = Checkpoints(folder / CHECKPOINTS).restore(without_moments, partial=True)
+    try:
+        restored = Checkpoints(folder / CHECKPOINTS).restore(without_moments, partial=True)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
     if restored is None:
-        raise ConfigError(f"init_from={folder}: the run has no checkpoint yet; the command that started it resumes it.")
+        raise ConfigError(f"{folder}: the run has no checkpoint yet; the command that started it resumes it.")
     state, tokenizer = restored.state, load_tokenizer(folder / TOKENIZER)
     return Stage(config, functions, state.params, state.buffers, tokenizer, folder / TOKENIZER, restored.step)

@@ -1,21 +1,35 @@
 """Configurations: nested frozen dataclasses, built from plain mappings with every mistake named where it was made."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
 
 _MISSING = dataclasses.MISSING
+REQUIRED = "(required)"
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's in a configuration or on the command line; the text is all that the user is shown."""
+    """A mistake of the user's, in a configuration, on the command line or in the files that these name.
+
+    The text is all that the user is shown.
+    """
+
+
+@contextlib.contextmanager
+def mistakes_in(setting: str) -> Iterator[None]:
+    """Around calls that say in a ValueError, or in the absence of a file, what is wrong with what a setting names."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"--config.{setting}: {error}") from error
 
 
 def nearest(name: str, choices: Iterable[str], listed: Iterable[str] | None = None) -> str:
@@ -56,6 +70,21 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any]) -> T:
 def to_mapping(instance: Any) -> dict[str, Any]:
     """The dataclass as nested dicts of JSON-able values: the inverse of `from_mapping` (tuples become lists)."""
     return {field.name: _plain(getattr(instance, field.name)) for field in dataclasses.fields(instance)}
+
+
+def with_defaults(cls: type, mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping, to be read, with every field that it leaves out: unchecked, and as `REQUIRED` where there is no default."""
+    filled = {}
+    for field in dataclasses.fields(cls):
+        default = field.default_factory() if field.default_factory is not _MISSING else field.default
+        value = mapping.get(field.name, default)
+        kind = _own_types(cls)[field.name]
+        inner = next((member for member in (kind, *get_args(kind)) if dataclasses.is_dataclass(member)), None)
+        if inner and (_is_mapping(value) or value is _MISSING):
+            filled[field.name] = with_defaults(inner, {} if value is _MISSING else value)
+        else:
+            filled[field.name] = REQUIRED if value is _MISSING else _plain(value)
+    return filled
 
 
 def override(cls: type, mapping: dict[str, Any], path: str, text: str) -> None:
@@ -137,11 +166,10 @@ def _build_dataclass(cls: type, mapping: Any, path: str) -> Any:
     for name in mapping:
         if name not in fields:
             raise ConfigError(f"{_join(path, name)}: no such field. {nearest(name, fields)}")
-    required = [name for name, field in fields.items() if field.default is _MISSING and field.default_factory is _MISSING]
-    absent = [_join(path, name) for name in required if name not in mapping]
+    hints = _own_types(cls)
+    absent = [leaf for name in _required(cls) if name not in mapping for leaf in _leaves(hints[name], _join(path, name))]
     if absent:
         raise ConfigError(f"{', '.join(absent)}: there is no default, so a value must be given.")
-    hints = _own_types(cls)
     values = {name: _build(hints[name], mapping[name], _join(path, name)) for name in mapping}
     try:
         return cls(**values)
@@ -149,6 +177,18 @@ def _build_dataclass(cls: type, mapping: Any, path: str) -> Any:
         raise
     except ValueError as error:
         raise ConfigError(f"{path}: {error}" if path else str(error)) from error
+
+
+def _required(cls: type) -> list[str]:
+    """Names of the fields without a default."""
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    return [field.name for field in fields if field.default is _MISSING and field.default_factory is _MISSING]
+
+
+def _leaves(kind: Any, path: str) -> list[str]:
+    """Which paths must be given to give `path`: those that a dataclass requires, if it does."""
+    names = _required(kind) if dataclasses.is_dataclass(kind) else []
+    return [leaf for name in names for leaf in _leaves(_own_types(kind)[name], _join(path, name))] or [path]
 
 
 def _build(kind: Any, value: Any, path: str) -> Any:

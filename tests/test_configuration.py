@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from lfm_jax.configuration import ConfigError, field_types, flatten, from_mapping, nearest, override, to_mapping
+from lfm_jax.configuration import (
+    REQUIRED,
+    ConfigError,
+    field_types,
+    flatten,
+    from_mapping,
+    nearest,
+    override,
+    to_mapping,
+    with_defaults,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +124,22 @@ def test_a_config_survives_the_command_line(config):
             override(Config, settings, path, repr(value))
     read = from_mapping(Config, settings)
     assert read == dataclasses.replace(config, model=dataclasses.replace(config.model, ropes=()))
+
+
+@given(configs)
+def test_with_defaults_is_what_from_mapping_builds(config):
+    """Of the whole mapping, and of what is left of it when every default is left out."""
+    whole = json.loads(json.dumps(to_mapping(config)))
+    assert json.loads(json.dumps(with_defaults(Config, whole))) == whole
+    bare = {"model": {"embed_dim": config.model.embed_dim}}
+    assert with_defaults(Config, bare) == to_mapping(from_mapping(Config, bare))
+
+
+def test_what_must_be_given_is_named_by_its_whole_path():
+    outer = dataclasses.make_dataclass("Outer", [("model", Model), ("seed", int)])
+    assert with_defaults(outer, {})["model"]["embed_dim"] == REQUIRED
+    with pytest.raises(ConfigError, match=r"^model.embed_dim, seed: there is no default, so a value must be given\.$"):
+        from_mapping(outer, {})
 
 
 @pytest.mark.parametrize(

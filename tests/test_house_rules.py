@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 import run
-from lfm_jax.configuration import field_types
+from lfm_jax.configuration import field_types, from_mapping
 
 MAY_IMPORT = {
     "lfm_jax": {"lfm_jax"},
@@ -183,8 +183,9 @@ def test_a_config_is_an_experiment_card(path):
         arguments, overrides = run._split_overrides(command)
         values = run._parse_flags(arguments)
         assert values.workdir
-        prepared = run._prepare(values.config, overrides)
-        assert callable(prepared.main)
+        request = run._read(values.config, overrides)
+        assert from_mapping(request.module.Config, request.settings)
+        assert callable(request.module.main)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
@@ -199,8 +200,8 @@ def config_fields() -> dict[str, str]:
     for path in CONFIGS:
         for command in commands(path):
             arguments, overrides = run._split_overrides(command)
-            prepared = run._prepare(run._parse_flags(arguments).config, overrides)
-            fields |= {field.rpartition(".")[2]: f"{name(path)}: {field}" for field in field_types(type(prepared.config))}
+            request = run._read(run._parse_flags(arguments).config, overrides)
+            fields |= {field.rpartition(".")[2]: f"{name(path)}: {field}" for field in field_types(request.module.Config)}
     return fields
 
 

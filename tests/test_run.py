@@ -87,7 +87,7 @@ def test_config_json_holds_every_field_and_what_the_preset_had(calls):
 def test_a_field_may_be_left_to_the_command_line(calls, tmp_path):
     (tmp_path / "toy.py").write_text(CONFIG_FILE.replace("**steps, ", ""))
     assert run.main(["--config=toy.py", "--workdir=out", "--config.steps=5"]) == 0
-    assert config_json()["invocation"]["preset_values"] == {"steps": None}
+    assert config_json()["invocation"]["preset_values"] == {"steps": "(required)"}
 
 
 def test_the_same_command_resumes(calls):
@@ -177,6 +177,19 @@ def test_describe_shows_the_card_and_every_field(calls, capsys):
         "--config.layers=conv,attention",
     ]
     assert not calls
+
+
+def test_describe_shows_what_must_be_given(calls, tmp_path, capsys):
+    (tmp_path / "toy.py").write_text(CONFIG_FILE.replace("**steps, ", ""))
+    assert run.main(["--describe", "--config=toy.py"]) == 0
+    assert "--config.steps=(required)" in capsys.readouterr().out
+    assert run.main(["--config=toy.py", "--workdir=out"]) == 2
+    assert capsys.readouterr().err == "run.py: steps: there is no default, so a value must be given.\n"
+
+
+def test_a_config_is_found_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run.main(["--describe", "--config=configs/parameter_audit.py"]) == 0
 
 
 def test_describes_lines_are_a_command_line(calls, capsys):

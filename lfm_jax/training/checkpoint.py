@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.experimental import v1 as ocp
 
+from lfm_jax.configuration import ConfigError
 from lfm_jax.training import checkpoint_manifest
 from lfm_jax.training.checkpoint_manifest import MANIFEST, STATE, short
 from lfm_jax.training.fingerprint import fingerprints, finish_fingerprints, leaf_paths, start_fingerprints
@@ -169,7 +170,7 @@ class Checkpoints:
           partial: the tree may lack leaves that the checkpoint has, which are not read, e.g. `{"params": ..., "buffers": ...}`.
 
         Raises:
-          ValueError: the checkpoint is of another tree, or a leaf of another shape or dtype: that is no damage, so no older
+          ConfigError: the checkpoint is of another tree, or a leaf of another shape or dtype: that is no damage, so no older
             step is tried.
           CheckpointError: there are checkpoints, and all are damaged.
         """
@@ -358,12 +359,12 @@ def _refuse_other_tree(
     remedy = "It is of another model or optimizer: take the configuration it was made with, or another workdir."
     missing = [path for path in wanted if path not in stored]
     if missing:
-        raise ValueError(f"{folder} has no array {missing[0]}, which is wanted ({len(missing)} such). {remedy}")
+        raise ConfigError(f"{folder} has no array {missing[0]}, which is wanted ({len(missing)} such). {remedy}")
     surplus = [path for path in stored if path not in wanted]
     if surplus and not partial:
-        raise ValueError(f"{folder} has an array {surplus[0]}, which is not wanted ({len(surplus)} such). {remedy}")
+        raise ConfigError(f"{folder} has an array {surplus[0]}, which is not wanted ({len(surplus)} such). {remedy}")
     for path, leaf in wanted.items():
         there = f"{stored[path]['dtype']} {stored[path]['shape']}"
         here = f"{leaf.dtype.name} {list(leaf.shape)}"
         if there != here:
-            raise ValueError(f"{path} is {there} in {folder}, and {here} is wanted. {remedy}")
+            raise ConfigError(f"{path} is {there} in {folder}, and {here} is wanted. {remedy}")

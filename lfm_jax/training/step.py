@@ -59,7 +59,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             key = jax.random.fold_in(random_key(seed, Purpose.STEP), state.step)
-            _check_rows(batch, accumulation, mesh)
+            check_rows(batch["tokens"].shape[0], accumulation, mesh)
             gradient, sums = _accumulated(micro_gradient, state, batch, key, accumulation)
             return _updated(optimizer, state, gradient, sums, expert_bias_rate)
 
@@ -93,8 +93,9 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     return {name: place(rows) for name, rows in batch.items()}
 
 
-def _check_rows(batch: Batch, accumulation: int, mesh: Mesh) -> None:
-    rows, devices = batch["tokens"].shape[0], mesh.shape["data"] * mesh.shape["fsdp"]
+def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
+    """Raises ValueError if a batch of so many rows, over all hosts, does not divide over micro-batches and devices."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % (accumulation * devices):
         raise ValueError(
             f"a batch of {rows} rows does not divide into {accumulation} micro-batches over {devices} devices (data x fsdp); "

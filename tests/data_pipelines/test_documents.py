@@ -99,7 +99,7 @@ def test_a_split_without_documents_says_what_to_change(tmp_path):
 @pytest.mark.parametrize("share", [0.0, 1.1, -0.1, float("nan")])
 def test_a_share_outside_of_its_range_is_refused(share):
     with pytest.raises(ValueError, match="held_out_share must be above 0 and at most 1, got"):
-        DocumentsConfig(held_out_share=share)
+        DocumentsConfig(source="stdlib", held_out_share=share)
 
 
 def test_holding_out_what_is_trained_on_is_refused():
@@ -109,7 +109,7 @@ def test_holding_out_what_is_trained_on_is_refused():
 
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="split must be 'train' or 'held_out', got 'test'"):
-        next(read_documents(DocumentsConfig(), "test"))
+        next(read_documents(DocumentsConfig(source="stdlib"), "test"))
 
 
 def test_the_shared_books_are_read(published_data):

@@ -48,7 +48,8 @@ def _write(folder, **files):
 
 
 def _texts(split="train"):
-    return {document.name: document.text for document in read_documents(DocumentsConfig(held_out_share=1e-9), split)}
+    config = DocumentsConfig(source="stdlib", held_out_share=1e-9)
+    return {document.name: document.text for document in read_documents(config, split)}
 
 
 def _all_texts():
@@ -93,7 +94,7 @@ def test_topics_are_documents_of_their_own_on_one_side(library):
 def test_a_file_and_its_page_are_on_one_side(library):
     for number in range(12):
         _write(library, **{f"m{number}": f'"""{"Long documentation. " * 20}"""\n'})
-    config = DocumentsConfig(held_out_share=0.4)
+    config = DocumentsConfig(source="stdlib", held_out_share=0.4)
     train, held_out = ({document.name for document in read_documents(config, split)} for split in ("train", "held_out"))
     assert len(train) + len(held_out) == 24
     for side in (train, held_out):

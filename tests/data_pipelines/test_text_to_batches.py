@@ -25,6 +25,7 @@ from data_pipelines import (
 
 PACKAGES = ("json", "logging", "email", "asyncio", "unittest", "tomllib")
 ONE_HOST = {"process_index": 0, "process_count": 1}
+LIBRARY = DocumentsConfig(source="stdlib")
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +36,10 @@ def workdir(tmp_path_factory):
         shutil.copytree(Path(sysconfig.get_path("stdlib")) / package, library / package)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sysconfig, "get_path", lambda name: str(library))
-        tokenizer = train_tokenizer(
-            TokenizerConfig(vocab_size=2000), read_documents(DocumentsConfig(), "train"), workdir / "tokenizer"
-        )
+        tokenizer = train_tokenizer(TokenizerConfig(vocab_size=2000), read_documents(LIBRARY, "train"), workdir / "tokenizer")
         for split in ("train", "held_out"):
-            write_token_shards(read_documents(DocumentsConfig(), split), tokenizer, workdir / split, shard_tokens=100_000)
-        texts = {
-            split: [document.text for document in read_documents(DocumentsConfig(), split)] for split in ("train", "held_out")
-        }
+            write_token_shards(read_documents(LIBRARY, split), tokenizer, workdir / split, shard_tokens=100_000)
+        texts = {split: [document.text for document in read_documents(LIBRARY, split)] for split in ("train", "held_out")}
     return workdir, texts
 
 

@@ -134,20 +134,47 @@ def test_a_trained_model_is_trained_on_from_a_workdir_and_from_a_folder(trained,
         assert results(workdir)["nll_per_token"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_another_architecture_than_that_of_init_from_is_refused(trained, text, tmp_path, capsys):
-    changed = "--config.model.mlp_dim=48"
-    assert run.main(command(text, tmp_path, f"--config.init_from={trained}", changed)) == 2
-    assert "model.mlp_dim is 48, but 64 in init_from" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["--config.init_from={trained}", "--config.model.mlp_dim=48"], "model.mlp_dim is 48, but 64 in init_from"),
+        (["--config.init_from={text}"], "no model is there. Expected the workdir of a run (model.json and checkpoints/) or"),
+        (["--config.model.vocab_size=290"], "the tokenizer has 300 ids, but model.vocab_size is 290; give the model as"),
+        (["--config.data.source={text}/none"], "--config.data: source '{text}/none' does not exist; give a file, a folder"),
+        (["--config.data.source={bad}"], "--config.data: {bad}/0.txt:1: no UTF-8 (invalid start byte at byte 0); convert or"),
+        (["--config.tokenizer.vocab_size=4000"], "--config.data: the text is too small for 4000 ids"),
+        (["--config.tokenizer_from={text}"], "--config.tokenizer_from: {text} holds no tokenizer; expected tokenizer.model or"),
+        (["--config.mesh.data=3"], "--config.mesh: mesh data=3 x fsdp=2 x tensor=1 needs 6 devices, 8 are there; set"),
+        (["--config.train.accumulation=2"], "--config.mesh: a batch of 8 rows does not divide into 2 micro-batches over 8"),
+        (["--config.loader.epochs=1", "--config.train.steps=999"], "train.steps is 999, but loader.epochs=1 of the text make"),
+    ],
+)
+def test_a_mistake_is_told_in_one_paragraph(overrides, message, trained, text, tmp_path, capsys):
+    names = {"trained": trained, "text": text, "bad": tmp_path / "bad"}
+    names["bad"].mkdir()
+    (names["bad"] / "0.txt").write_bytes(b"\xff")
+    overrides = [override.format(**names) for override in overrides]
+    assert run.main(command(text, tmp_path / "run", *overrides)) == 2
+    shown = capsys.readouterr().err
+    assert message.format(**names) in shown and shown.count("\n") == 1
 
 
-def test_a_folder_without_a_model_is_refused(text, tmp_path, capsys):
-    assert run.main(command(text, tmp_path, f"--config.init_from={text}")) == 2
-    assert "no model is there. Expected the workdir of a run (model.json and checkpoints/) or" in capsys.readouterr().err
-
-
-def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(text, tmp_path, capsys):
-    assert run.main(command(text, tmp_path, "--config.model.vocab_size=290")) == 2
-    assert "the tokenizer has 300 ids, but model.vocab_size is 290; give the model as many rows" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda stage: (stage / "model.json").write_text("{}"), "stage/model.json: embed_dim, layer_types, num_heads"),
+        (lambda stage: (stage / "model.json").write_text("{"), "stage/model.json: Expecting property name"),
+        (lambda stage: shutil.rmtree(stage / "checkpoints"), "the run has no checkpoint yet"),
+        (lambda stage: shutil.rmtree(stage / "tokenizer"), "holds no tokenizer"),
+    ],
+)
+def test_a_damaged_stage_is_told_in_one_paragraph(damage, message, trained, text, tmp_path, capsys):
+    stage = shutil.copytree(trained, tmp_path / "stage")
+    damage(stage)
+    arguments = ["--config=configs/export.py", f"--workdir={tmp_path / 'run'}", f"--config.init_from={stage}"]
+    assert run.main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1
 
 
 # The kill may come in the middle of a save, and the resumed run then says that this one is not used.
