@@ -243,13 +243,16 @@ def _build_tuple(members: Sequence[Any], value: Any, path: str) -> tuple:
 
 
 def _parse(kind: Any, text: str, path: str) -> Any:
-    """The value that `text` has as the type `kind`: a Python literal, true or false, a plain string, or strings with commas."""
+    """The value that `text` has as the type `kind`: a Python literal, true or false, a plain string, or strings with commas.
+
+    Where a sequence is wanted, one value alone is one of one.
+    """
     readings: list[Any] = []
     try:
         readings.append(ast.literal_eval(text))
     except (ValueError, SyntaxError):
         pass
-    readings += [{"true": True, "false": False}.get(text.lower(), text), text, text.split(",")]
+    readings += [{"true": True, "false": False}.get(text.lower(), text), text, text.split(","), readings[:1]]
     for reading in readings:
         try:
             return _build(kind, reading, path)

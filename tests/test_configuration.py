@@ -171,6 +171,12 @@ def test_a_mistake_is_named_with_its_path_and_the_nearest_choice(settings, messa
         build(**settings)
 
 
+def test_one_value_where_a_sequence_is_wanted_is_one_of_one():
+    settings = {}
+    override(dataclasses.make_dataclass("Sizes", [("batches", tuple[int, ...])]), settings, "batches", "8")
+    assert settings == {"batches": (8,)}
+
+
 @pytest.mark.parametrize(
     ("path", "text", "value"),
     [

@@ -44,6 +44,7 @@ def build(job: dict) -> dict:
 
     from lfm_jax.kernels import short_conv, short_conv_tpu
     from lfm_jax.kernels.short_conv_reference import reference_backward, short_conv_reference
+    from lfm_jax.models.layers import project
     from lfm_jax.sharding import aot
 
     batch, seq, channels, width = job["shape"]
@@ -64,8 +65,8 @@ def build(job: dict) -> dict:
         """in_proj, gate, convolution, gate, out_proj."""
 
         def forward(x, in_proj, taps, out_proj):
-            bcx = jnp.einsum("bse,epc->bspc", x, in_proj).transpose(2, 0, 1, 3)
-            return short_conv(bcx, taps, implementation=implementation)[0] @ out_proj
+            bcx = project(x, in_proj).transpose(2, 0, 1, 3)
+            return project(short_conv(bcx, taps, implementation=implementation)[0], out_proj)
 
         def both(x, in_proj, taps, out_proj, dy):
             y, transpose = jax.vjp(forward, x, in_proj, taps, out_proj)

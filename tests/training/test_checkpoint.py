@@ -162,7 +162,7 @@ def test_the_manifest_says_what_is_there_and_is_the_last_file_written(two_steps)
 @pytest.mark.parametrize(
     ("shape", "names"), [((2, 4), ("data", "fsdp")), ((4, 2), ("fsdp", "data")), ((1,), ("fsdp",)), ((3,), ("data",))], ids=str
 )
-def test_restore_other_device_count(two_steps, shape, names):
+def test_restore_other_device_count_and_numpy(two_steps, shape, names):
     wanted = abstract(values(0), shape, names) if shape != (3,) else jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh_of(shape, names), PartitionSpec())),
         values(0),
@@ -171,6 +171,7 @@ def test_restore_other_device_count(two_steps, shape, names):
     assert_bits(restored.state, values(200))
     for leaf, want in zip(jax.tree.leaves(restored.state), jax.tree.leaves(wanted), strict=True):
         assert leaf.sharding == want.sharding
+    assert_bits(jax.tree.map(np.asarray, Checkpoints(two_steps).restore(values(0)).state), values(200))  # wanted as NumPy arrays
 
 
 def test_without_shardings_it_goes_to_the_first_device(two_steps):
