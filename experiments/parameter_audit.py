@@ -109,10 +109,11 @@ def _row(name: str, result: Audit, context: int) -> dict:
 
 
 def _print_table(rows: list[dict]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("model")
+    table = Table("model", box=box.SIMPLE_HEAD)
     for name in ("parameters", *GROUPS, "bfloat16", "4 bits", "cache a token", "constant", "at context"):
         table.add_column(name.replace("_", " "), justify="right")
     sizes = ("bfloat16_bytes", "four_bit_bytes", "cache_per_token_bytes", "constant_cache_bytes", "context_cache_bytes")
@@ -120,7 +121,9 @@ def _print_table(rows: list[dict]) -> None:
         shares = [format_figure(row["groups"][group] / row["parameters"], "share") for group in GROUPS]
         figures = [format_figure(row[name], name) for name in sizes]
         table.add_row(row["model"], format_figure(row["parameters"]), *shares, *figures)
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 130)  # in a narrower window a row breaks, in a log nothing is cut off
+    console.print(table)
 
 
 def _plot(rows: list[dict], path: epath.Path) -> None:
