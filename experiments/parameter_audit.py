@@ -122,7 +122,7 @@ def _print_table(rows: list[dict]) -> None:
         figures = [format_figure(row[name], name) for name in sizes]
         table.add_row(row["model"], format_figure(row["parameters"]), *shares, *figures)
     console = Console()
-    console.width = max(console.width, 130)  # in a narrower window a row breaks, in a log nothing is cut off
+    console.width = max(console.width, 150)  # in a narrower window a row breaks, in a log nothing is cut off
     console.print(table)
 
 
