@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from data_pipelines import Tokenizer, TokenShards, evaluation_batches
 from lfm_jax.models import FunctionalModel
 from lfm_jax.models.functional import Tree
-from lfm_jax.training import LossConfig, evaluate_loss, make_eval_step, next_token_objective
+from lfm_jax.training import LossConfig, evaluate_loss, host_part, make_eval_step, next_token_objective
 
 
 class HeldOut:
@@ -21,7 +21,10 @@ class HeldOut:
         self, shards: TokenShards, tokenizer: Tokenizer, functions: FunctionalModel, seq_len: int, batch_size: int, mesh: Mesh
     ):
         self._step = make_eval_step(functions, next_token_objective(LossConfig()), mesh)
-        self._batches = evaluation_batches(shards, tokenizer, seq_len=seq_len, batch_size=batch_size)
+        index, count = host_part(mesh)
+        self._batches = evaluation_batches(
+            shards, tokenizer, seq_len=seq_len, batch_size=batch_size, process_index=index, process_count=count
+        )
         self._bytes_per_token = shards.text_bytes / (shards.tokens + shards.documents)
         self._mesh = mesh
 

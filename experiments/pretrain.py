@@ -37,6 +37,7 @@ from lfm_jax.training import (
     LossConfig,
     OptimizerConfig,
     TrainConfig,
+    host_part,
     make_optimizer,
     make_schedule,
     next_token_objective,
@@ -92,7 +93,8 @@ def main(config: Config, workdir: epath.Path) -> None:
     model = fit_vocabulary(_architecture(config, before), tokenizer)
     write_model_config(workdir, model)
     functions = model_functions(model, config.compute)
-    batches = training_batches(shards["train"], config.loader, tokenizer)
+    index, count = host_part(mesh)
+    batches = training_batches(shards["train"], config.loader, tokenizer, process_index=index, process_count=count)
     if config.train.steps > len(batches):
         raise ConfigError(
             f"train.steps is {config.train.steps}, but loader.epochs={config.loader.epochs} of the text make {len(batches)} "

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from lfm_jax.arrays import SegmentIds
 from lfm_jax.kernels import short_conv_gpu, short_conv_tpu
 from lfm_jax.kernels.short_conv_reference import final_state, reference_backward, short_conv_reference, tap_visibility
-from lfm_jax.sharding.logical import map_shards
+from lfm_jax.sharding import CHUNKS, SEQUENCE_AXIS, ends_before, map_shards, sequence_shards
 
 IMPLEMENTATIONS = ("auto", "pallas", "reference")
 
@@ -61,6 +61,24 @@ def _short_conv_backward(implementation, inputs, gradients):
 _short_conv.defvjp(_short_conv_forward, _short_conv_backward)
 
 
+def _on_chunks(implementation, bcx, weight, bias, segment_ids):
+    """The convolution of a shard's chunks (see `lfm_jax.sharding.context`): rows of their own, each with the state before it."""
+    _, batch, seq, channels = bcx.shape
+    before = weight.shape[0] - 1
+    rows = bcx.reshape(3, batch * CHUNKS, seq // CHUNKS, channels)
+    ends = final_state(rows, None, before + 1).reshape(batch, CHUNKS, before, channels)
+    initial_state = ends_before(ends).reshape(-1, before, channels)
+    visibility = None
+    if segment_ids is not None:
+        segments = segment_ids.reshape(batch, CHUNKS, -1)
+        initial_segment_ids = ends_before(segments[:, :, -before:]).reshape(-1, before)
+        visibility = tap_visibility(segments.reshape(batch * CHUNKS, -1), initial_segment_ids, before + 1)
+    y, final = _short_conv(implementation, rows, weight, bias, visibility, initial_state)
+    last = final.reshape(batch, CHUNKS, before, channels)[:, -1]  # of the first device it is the sequence's
+    last = jnp.where(jax.lax.axis_index(SEQUENCE_AXIS) == 0, last, jnp.zeros_like(last))
+    return y.reshape(batch, seq, channels), jax.lax.psum(last, SEQUENCE_AXIS)
+
+
 def short_conv(
     bcx: jax.Array,
     weight: jax.Array,
@@ -74,7 +92,8 @@ def short_conv(
     """Gate, causal depthwise convolution over time, gate: y = C * (conv(B * x) + bias).
 
     A tap at t - j is read only if its segment id equals the one at t. Chunks of a sequence chain through their states: values and
-    gradients are those of the whole.
+    gradients are those of the whole. Where the mesh splits sequences over devices, they are in the order of
+    `lfm_jax.sharding.context`, unless there is an initial state.
 
     Args:
       bcx: [3, batch, seq, channels], B, C and x, float32 or bfloat16.
@@ -90,33 +109,43 @@ def short_conv(
       y [batch, seq, channels] and the final state [batch, width - 1, channels], both in the type of `bcx`.
 
     Raises:
-      ValueError: a shape or type that does not fit the others, an implementation that is not one, or "pallas" for a width that
-        the kernels do not take.
+      ValueError: a shape or type that does not fit the others, an implementation that is not one, "pallas" for a width that the
+        kernels do not take, or a sequence that the mesh splits and that does not divide.
     """
     _check(bcx, weight, bias, segment_ids, initial_state, initial_segment_ids, implementation)
     width, seq = weight.shape[0], bcx.shape[2]
-    visibility = None if segment_ids is None else tap_visibility(segment_ids, initial_segment_ids, width)
+    chunks = CHUNKS * sequence_shards() if sequence_shards() > 1 and initial_state is None else 1
+    if chunks > 1 and (seq % chunks or seq // chunks < width - 1):
+        raise ValueError(f"a sequence of {seq} does not divide into {chunks} chunks of at least {width - 1} positions")
     if initial_state is not None:
         initial_state = initial_state.astype(bcx.dtype)
-    if seq < short_conv_tpu.MIN_SEQ or (implementation == "auto" and width > short_conv_tpu.MAX_WIDTH):
+    if seq // chunks < short_conv_tpu.MIN_SEQ or (implementation == "auto" and width > short_conv_tpu.MAX_WIDTH):
         implementation = "reference"
+    along = None if chunks == 1 else "seq"
     arguments = {
-        "bcx": (bcx, (None, "batch", None, "channels")),
+        "bcx": (bcx, (None, "batch", along, "channels")),
         "weight": (weight, (None, "channels")),
         "bias": (bias, ("channels",)),
-        "visibility": (visibility, ("batch", None)),
+        "segment_ids": (segment_ids, ("batch", along)),
         "initial_state": (initial_state, ("batch", None, "channels")),
+        "initial_segment_ids": (initial_segment_ids, ("batch", None)),
     }
-    if implementation == "reference":
-        return _short_conv(implementation, *(value for value, _ in arguments.values()))
+
+    def compute(bcx, weight, bias, segment_ids, initial_state, initial_segment_ids):
+        if chunks > 1:
+            return _on_chunks(implementation, bcx, weight, bias, segment_ids)
+        visibility = None if segment_ids is None else tap_visibility(segment_ids, initial_segment_ids, width)
+        return _short_conv(implementation, bcx, weight, bias, visibility, initial_state)
+
+    if implementation == "reference" and chunks == 1:
+        return compute(*(value for value, _ in arguments.values()))
     given = {name: pair for name, pair in arguments.items() if pair[0] is not None}
 
     def on_shard(*shards):
-        named = dict.fromkeys(arguments) | dict(zip(given, shards, strict=True))
-        return _short_conv(implementation, *named.values())
+        return compute(**dict.fromkeys(arguments) | dict(zip(given, shards, strict=True)))
 
     values, axes = zip(*given.values(), strict=True)
-    out_axes = (("batch", None, "channels"), ("batch", None, "channels"))
+    out_axes = (("batch", along, "channels"), ("batch", None, "channels"))
     return map_shards(on_shard, values, axes, out_axes)
 
 

@@ -55,7 +55,8 @@ class Attention(nnx.Module):
     def __call__(self, x: Hidden, context: Context, state: AttentionState | None) -> tuple[Hidden, AttentionState | None]:
         heads = lambda weight: project(x, weight[...].astype(self.dtype))
         phases = context.rope[self.kind]
-        query = constrain(apply_rope(self.q_norm(heads(self.q_proj)), phases), ("batch", None, "heads", None))
+        query = constrain(apply_rope(self.q_norm(heads(self.q_proj)), phases), ("batch", "seq", "heads", None))
+        # Every query looks at keys of the whole sequence.
         key = constrain(apply_rope(self.k_norm(heads(self.k_proj)), phases), ("batch", None, "kv_heads", None))
         value = constrain(heads(self.v_proj), ("batch", None, "kv_heads", None))
         if state is not None:

@@ -42,13 +42,12 @@ def _rope(config: ModelConfig, positions: Positions) -> dict[str, tuple[jax.Arra
 
 
 def training_context(config: ModelConfig, segment_ids: SegmentIds | None, positions: Positions) -> Context:
-    """The context of a forward pass over whole sequences: causal, within each document."""
-    seq = positions.shape[1]
-    distance = jnp.arange(seq)[:, None] - jnp.arange(seq)[None, :]
-    mask = (distance >= 0)[None]
+    """The context of a forward pass over whole sequences, in whatever order: causal, within each document."""
+    distance = positions[:, :, None] - positions[:, None, :]
+    mask = distance >= 0
     if segment_ids is not None:
         mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    masks = {kind: _window(mask, distance[None], kind, config) for kind in _attention_kinds(config)}
+    masks = {kind: _window(mask, distance, kind, config) for kind in _attention_kinds(config)}
     return Context(segment_ids=segment_ids, masks=masks, rope=_rope(config, positions), slots=None, new_lengths=None)
 
 

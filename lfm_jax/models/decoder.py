@@ -50,7 +50,7 @@ class Block(nnx.Module):
         """Returns (hidden, state, router counts or None)."""
         branch, state = self.operator(self.operator_norm(hidden), context, state)
         hidden = hidden + (self.post_operator_norm(branch) if self.sandwich else branch)
-        hidden = constrain(hidden, ("batch", None, None))
+        hidden = constrain(hidden, ("batch", "seq", None))
         normed, counts = self.ffn_norm(hidden), None
         if self.routed:
             valid = None if context.segment_ids is None else context.segment_ids != 0
@@ -58,7 +58,7 @@ class Block(nnx.Module):
         else:
             branch = self.mlp(normed)
         hidden = hidden + (self.post_ffn_norm(branch) if self.sandwich else branch)
-        return constrain(hidden, ("batch", None, None)), state, counts
+        return constrain(hidden, ("batch", "seq", None)), state, counts
 
 
 class Decoder(nnx.Module):
@@ -115,7 +115,7 @@ class Decoder(nnx.Module):
         return project(hidden, weight.astype(self.dtype), dtype=jnp.float32)
 
     def _blocks(self, tokens: Tokens, context: Context, cache: DecoderCache | None):
-        hidden = constrain(self.embed(tokens), ("batch", None, None))
+        hidden = self.embed(tokens)
         states, counts = [], []
         for index, block in enumerate(self.layers):
             apply = block if self.remat == "none" else jax.checkpoint(block.__call__, policy=REMAT_POLICIES[self.remat])

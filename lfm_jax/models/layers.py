@@ -89,7 +89,9 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: Tokens) -> Hidden:
-        return self.embedding[...].astype(self.dtype)[tokens]
+        # Whole rows are looked up: the features of a row are on other devices than the tokens that want it.
+        table = constrain(self.embedding[...].astype(self.dtype), ("vocab", None))
+        return constrain(table[tokens], ("batch", "seq", None))
 
 
 class MLP(nnx.Module):
@@ -102,8 +104,8 @@ class MLP(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Hidden) -> Hidden:
-        gate = constrain(project(x, self.gate[...].astype(self.dtype)), ("batch", None, "mlp"))
-        up = constrain(project(x, self.up[...].astype(self.dtype)), ("batch", None, "mlp"))
+        gate = constrain(project(x, self.gate[...].astype(self.dtype)), ("batch", "seq", "mlp"))
+        up = constrain(project(x, self.up[...].astype(self.dtype)), ("batch", "seq", "mlp"))
         return project(jax.nn.silu(gate) * up, self.down[...].astype(self.dtype))
 
 

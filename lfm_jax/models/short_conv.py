@@ -48,7 +48,7 @@ class ShortConv(nnx.Module):
         bcx = project(x, self.in_proj[...].astype(self.dtype)).transpose(2, 0, 1, 3)
         if self.biased:
             bcx = bcx + self.in_bias[...].astype(self.dtype)[:, None, None, :]
-        bcx = constrain(bcx, (None, "batch", None, "channels"))
+        bcx = constrain(bcx, (None, "batch", "seq", "channels"))
         mixed, _ = short_conv(
             bcx,
             self.kernel[...],

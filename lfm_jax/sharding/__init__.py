@@ -1,8 +1,21 @@
-"""Meshes and the one table from logical axes to mesh axes."""
+"""Meshes, the one table from logical axes to mesh axes, and sequences that are split over devices."""
 
-from lfm_jax.sharding.logical import LogicalAxes, activation_sharding, constrain, map_shards, parameter_sharding
+from lfm_jax.sharding.context import CHUNKS, SEQUENCE_AXIS, dealt_order, ends_before, sequence_shards
+from lfm_jax.sharding.logical import (
+    LogicalAxes,
+    activation_sharding,
+    constrain,
+    gather_shards,
+    map_shards,
+    parameter_sharding,
+    shard_index,
+    sum_and_scatter_shards,
+    sum_shards,
+)
 from lfm_jax.sharding.mesh import AXES, MeshConfig, make_mesh
 
 __all__ = [
-    "AXES", "LogicalAxes", "MeshConfig", "activation_sharding", "constrain", "make_mesh", "map_shards", "parameter_sharding",
+    "AXES", "CHUNKS", "LogicalAxes", "MeshConfig", "SEQUENCE_AXIS", "activation_sharding", "constrain", "dealt_order",
+    "ends_before", "gather_shards", "make_mesh", "map_shards", "parameter_sharding", "sequence_shards", "shard_index",
+    "sum_and_scatter_shards", "sum_shards",
 ]

@@ -12,34 +12,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 LogicalAxes = tuple[str | None, ...]
 
-PARAMETER_RULES: dict[str, str] = {
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "channels": "tensor",
-}
-ACTIVATION_RULES: dict[str, str | tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "channels": "tensor",
-}
+Rules = dict[str | None, tuple[str, ...]]
+
+_BY_TENSOR: Rules = {name: ("tensor",) for name in ("vocab", "heads", "kv_heads", "mlp", "channels")}
+PARAMETER_RULES: Rules = {**_BY_TENSOR, "expert": ("expert",), "embed": ("fsdp", "context", "expert")}
+ACTIVATION_RULES: Rules = {**_BY_TENSOR, "expert": ("expert",), "batch": ("data", "fsdp", "expert"), "seq": ("context",)}
 
 
-def _spec(axes: LogicalAxes, rules, mesh, shape: Sequence[int] | None) -> PartitionSpec:
-    """Axes the table does not name, and lengths that the mesh axis does not divide, stay whole."""
-    entries = []
+def _spec(axes: LogicalAxes, rules: Rules, mesh, shape: Sequence[int] | None) -> PartitionSpec:
+    """Each axis of an array over the mesh axes that the table gives it, as far as they divide its length.
+
+    A mesh axis splits one axis of an array: the first that names it. Those of one device split nothing and are left out.
+    """
+    entries, used = [], set()
     for index, name in enumerate(axes):
-        mesh_axes = rules.get(name)
-        if mesh_axes is not None and shape is not None:
-            names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
-            if shape[index] % math.prod(mesh.shape[axis] for axis in names):
-                mesh_axes = None
-        entries.append(mesh_axes)
+        chosen: list[str] = []
+        for axis in rules.get(name, ()):
+            parts = math.prod(mesh.shape[other] for other in (*chosen, axis))
+            if mesh.shape[axis] > 1 and axis not in used and (shape is None or shape[index] % parts == 0):
+                chosen.append(axis)
+        used.update(chosen)
+        entries.append(tuple(chosen) if len(chosen) > 1 else next(iter(chosen), None))
     return PartitionSpec(*entries)
 
 
@@ -59,6 +52,26 @@ def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, _spec(axes, ACTIVATION_RULES, mesh, x.shape))
+
+
+def gather_shards(x: jax.Array, name: str, axis: int) -> jax.Array:
+    """Inside `map_shards`: the shards of the devices that share the logical axis `name`, one after the other along `axis`."""
+    return jax.lax.all_gather(x, ACTIVATION_RULES[name], axis=axis, tiled=True)
+
+
+def sum_shards(x: jax.Array, name: str) -> jax.Array:
+    """Inside `map_shards`: the sum over the devices that share the logical axis `name`."""
+    return jax.lax.psum(x, ACTIVATION_RULES[name])
+
+
+def sum_and_scatter_shards(x: jax.Array, name: str, axis: int) -> jax.Array:
+    """Inside `map_shards`: this device's part, along `axis`, of the sum over the devices that share the logical axis `name`."""
+    return jax.lax.psum_scatter(x, ACTIVATION_RULES[name], scatter_dimension=axis, tiled=True)
+
+
+def shard_index(name: str) -> jax.Array:
+    """Inside `map_shards`: which part of the logical axis `name` this device has."""
+    return jax.lax.axis_index(ACTIVATION_RULES[name])
 
 
 def map_shards(function: Callable, arguments: Sequence[jax.Array], in_axes: Sequence[LogicalAxes], out_axes):

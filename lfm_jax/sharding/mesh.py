@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-AXES = ("data", "fsdp", "tensor")
+# From the slowest links to the fastest: `tensor` communicates in every matmul, `data` once a step.
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,11 +17,15 @@ class MeshConfig:
 
     data: replicas of the whole training state, each with its own part of the batch.
     fsdp: the batch and every large array are split over it (ZeRO-3).
+    expert: the batch and the experts of a mixture are split over it, every other large array as over fsdp.
+    context: each sequence is split over it (see `lfm_jax.sharding.context`), every large array as over fsdp.
     tensor: heads, feed-forward, convolution channels and vocabulary are split over it.
     """
 
     data: int = 1
     fsdp: int = -1
+    expert: int = 1
+    context: int = 1
     tensor: int = 1
 
     def __post_init__(self):

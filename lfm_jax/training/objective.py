@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lfm_jax.arrays import Hidden, Positions, SegmentIds, Tokens
 from lfm_jax.models import Decoder
-from lfm_jax.sharding import constrain
+from lfm_jax.sharding import constrain, sequence_shards
 
 
 class Batch(TypedDict):
@@ -85,7 +85,7 @@ def next_token_objective(config: LossConfig) -> Objective:
 
 def _block_sums(model: Decoder, hidden: Hidden, targets: Tokens, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weighted sums of -log p(target) and of logsumexp^2 over one block."""
-    logits = constrain(model.logits(hidden), ("batch", None, "vocab"))
+    logits = constrain(model.logits(hidden), ("batch", "seq", "vocab"))
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     # A masked sum, not a gather: it stays on the devices that hold a part of the vocabulary, and its gradient is no scatter.
     chosen = jnp.arange(logits.shape[-1])[None, None, :] == targets[:, :, None]
@@ -94,17 +94,22 @@ def _block_sums(model: Decoder, hidden: Hidden, targets: Tokens, weights: jax.Ar
 
 
 def _blockwise(model: Decoder, hidden: Hidden, targets: Tokens, weights: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """`_block_sums` over the whole sequence. The blocks are pieces of each row, so that no row leaves its device."""
+    """`_block_sums` over the whole sequence. The blocks are pieces of what each device has, so that nothing leaves it."""
     batch, seq = targets.shape
-    if seq <= block:
+    shards = sequence_shards()
+    local = seq // shards
+    if local <= block:
         return _block_sums(model, hidden, targets, weights)
-    count = -(-seq // block)
-    size = -(-seq // count)
+    count = -(-local // block)
+    size = -(-local // count)
 
     def split(x: jax.Array) -> jax.Array:
-        """[batch, seq, ...] as [count, batch, size, ...]; what is added at the end weighs nothing."""
-        padded = jnp.pad(x, ((0, 0), (0, count * size - seq)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+        """[batch, seq, ...] as [count, batch, shards * size, ...]; what is added to a shard's end weighs nothing."""
+        rest = x.shape[2:]
+        widths = ((0, 0), (0, 0), (0, count * size - local), *((0, 0) for _ in rest))
+        padded = jnp.pad(x.reshape(batch, shards, local, *rest), widths)
+        pieces = jnp.moveaxis(padded.reshape(batch, shards, count, size, *rest), 2, 0)
+        return constrain(pieces.reshape(count, batch, shards * size, *rest), (None, "batch", "seq", *(None for _ in rest)))
 
     @jax.checkpoint
     def accumulate(sums, piece):

@@ -1,5 +1,8 @@
 """The training step: one jitted function from state and batch to state and metrics."""
 
+import collections
+import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -10,7 +13,7 @@ from jax.sharding import Mesh
 
 from lfm_jax.models import FunctionalModel
 from lfm_jax.models.functional import Tree
-from lfm_jax.sharding import activation_sharding, constrain
+from lfm_jax.sharding import activation_sharding, constrain, dealt_order
 from lfm_jax.training.objective import Batch, Objective, Sums
 from lfm_jax.training.state import Purpose, TrainState, random_key, replicated, state_shardings
 
@@ -66,7 +69,7 @@ def make_train_step(
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(shardings, activation_sharding(mesh, ("batch",))),
+        in_shardings=(shardings, None),
         out_shardings=(shardings, replicated(mesh)),
     )
 
@@ -82,24 +85,53 @@ def make_eval_step(functions: FunctionalModel, objective: Objective, mesh: Mesh)
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """This host's rows as part of the global batch, whose rows are split over the devices.
+    """This host's rows as part of the global batch, whose rows and sequences are split over the devices.
+
+    The arrays are [rows, ...] or [rows, seq, ...]; the sequences are dealt as `lfm_jax.sharding.context` says.
 
     Raises:
-      ValueError: the rows do not divide over the devices, or hosts share rows (an axis that does not split the batch spans them).
+      ValueError: the rows do not divide over the devices, the sequences not over those of `context`, or see `host_part`.
     """
-    sharding = activation_sharding(mesh, ("batch",))
-    hosts = jax.process_count()
-    place = lambda rows: jax.make_array_from_process_local_data(sharding, rows, (rows.shape[0] * hosts, *rows.shape[1:]))
+    order = dealt_order(batch["tokens"].shape[1], mesh)
+    parts = host_part(mesh)[1]
+
+    def place(rows: np.ndarray) -> jax.Array:
+        along = rows.ndim > 1
+        if along and order is not None:
+            rows = rows[:, order]
+        sharding = activation_sharding(mesh, ("batch", "seq") if along else ("batch",))
+        return jax.make_array_from_process_local_data(sharding, rows, (rows.shape[0] * parts, *rows.shape[1:]))
+
     return {name: place(rows) for name, rows in batch.items()}
+
+
+@functools.lru_cache
+def host_part(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which part of a batch's rows this host feeds, of how many. Hosts that share sequences feed the same part.
+
+    Raises:
+      ValueError: the parts of two hosts overlap without being the same.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+    held: dict[int, set[int]] = collections.defaultdict(set)
+    for device, (rows,) in activation_sharding(mesh, ("batch",)).devices_indices_map((shards,)).items():
+        held[device.process_index].add(rows.start or 0)
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != shards:
+        raise ValueError(
+            f"some of {len(held)} hosts share a part of their rows, of data x fsdp x expert = {shards} parts; let context x "
+            "tensor be a multiple or a divisor of a host's devices"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
     """Raises ValueError if a batch of so many rows, over all hosts, does not divide over micro-batches and devices."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
     if rows % (accumulation * devices):
         raise ValueError(
-            f"a batch of {rows} rows does not divide into {accumulation} micro-batches over {devices} devices (data x fsdp); "
-            f"make it a multiple of {accumulation * devices}"
+            f"a batch of {rows} rows does not divide into {accumulation} micro-batches over {devices} devices (data x fsdp x "
+            f"expert); make it a multiple of {accumulation * devices}"
         )
 
 
@@ -113,7 +145,7 @@ def _accumulated(micro_gradient: Callable, state: TrainState, batch: Batch, key:
 
     def deal(rows: jax.Array) -> jax.Array:
         micro = jnp.moveaxis(rows.reshape(-1, accumulation, *rows.shape[1:]), 1, 0)
-        return constrain(micro, (None, "batch", *(None,) * (micro.ndim - 2)))
+        return constrain(micro, (None, "batch", "seq", *(None,) * (micro.ndim - 3))[: micro.ndim])
 
     def add(total, numbered):
         number, micro = numbered

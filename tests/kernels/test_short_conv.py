@@ -12,7 +12,7 @@ import pytest
 
 from lfm_jax.kernels import short_conv, short_conv_gpu, short_conv_tpu
 from lfm_jax.kernels.short_conv_reference import reference_backward, short_conv_reference, tap_visibility
-from lfm_jax.sharding import MeshConfig, make_mesh
+from lfm_jax.sharding import MeshConfig, dealt_order, make_mesh
 
 # Of the largest value of an array. float32: both sides are float32 sums in another order (the longest, over time in the taps'
 # gradient, of 800 terms). bfloat16: both sides round the same values, so that they differ where the float32 sums fall on either
@@ -234,6 +234,36 @@ def test_sharded_equals_unsharded(implementation, batch):
             return jax.device_get(jax.jit(step)())
 
     _close(run(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))), run(None), jnp.float32)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "pallas", "reference"])
+@pytest.mark.parametrize("width, segmented", [(3, True), (7, True), (4, False)])
+def test_sequences_over_devices_equal_whole_ones(implementation, width, segmented):
+    """Dealt over four devices, two rows of channels beside; documents end within chunks and at their borders."""
+    (bcx, weight, bias, _, _), dy, dfinal = _inputs(jnp.float32, width, 2, 160, 256, biased=True)
+    segment_ids = jnp.asarray([[1] * 20 + [2] * 65 + [3] * 75, [1] * 60 + [2] * 100], jnp.int32) if segmented else None
+    mesh = make_mesh(MeshConfig(fsdp=1, context=4, tensor=2))
+    order = dealt_order(160, mesh)
+
+    def run(bcx, dy, segment_ids):
+        function = lambda *inputs: short_conv(
+            inputs[0], inputs[1], bias=inputs[2], segment_ids=segment_ids, implementation=implementation
+        )
+        value, transpose = jax.vjp(function, bcx, weight, bias)
+        return value, transpose((dy, dfinal))
+
+    (y, final), (dbcx, *dtaps) = jax.jit(run)(bcx, dy, segment_ids)
+    dealt = bcx[:, :, order], dy[:, order], None if segment_ids is None else segment_ids[:, order]
+    with jax.set_mesh(mesh):
+        found = jax.device_get(jax.jit(run)(*dealt))
+    _close(found, ((y[:, order], final), (dbcx[:, :, order], *dtaps)), jnp.float32)
+
+
+def test_sequences_that_do_not_divide_over_devices_are_refused():
+    (bcx, weight, _, _, _), _, _ = _inputs(jnp.float32, 7, 1, 80, 8)
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=1, context=8))):
+        with pytest.raises(ValueError, match="a sequence of 80 does not divide into 16 chunks of at least 6 positions"):
+            short_conv(bcx, weight)
 
 
 def test_long_sequences_do_not_lose_the_final_state():

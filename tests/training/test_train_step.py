@@ -1,18 +1,22 @@
 """What a step does, on a model of two numbers whose gradient can be written down."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from lfm_jax.models import functional
-from lfm_jax.sharding import MeshConfig, make_mesh
+from lfm_jax.sharding import AXES, MeshConfig, aot, make_mesh
 from lfm_jax.training import (
     OptimizerConfig,
     ScheduleConfig,
     Sums,
+    host_part,
     init_state,
     make_eval_step,
     make_optimizer,
@@ -193,8 +197,47 @@ def test_a_batch_is_split_by_rows_over_data_and_fsdp():
     placed = place_batch({"tokens": rows}, mesh)["tokens"]
     np.testing.assert_array_equal(placed, rows)
     for shard in placed.addressable_shards:
-        data, fsdp, _ = np.argwhere(mesh.devices == shard.device)[0]
-        np.testing.assert_array_equal(shard.data, rows[2 * (2 * data + fsdp) :][:2])
+        at = dict(zip(mesh.axis_names, np.argwhere(mesh.devices == shard.device)[0], strict=True))
+        np.testing.assert_array_equal(shard.data, rows[2 * (2 * at["data"] + at["fsdp"]) :][:2])
+
+
+def test_sequences_are_dealt_over_context():
+    """Of two devices the first has the chunks 0 and 3, the second 1 and 2."""
+    mesh = make_mesh(MeshConfig(fsdp=4, context=2))
+    rows = np.arange(32).reshape(4, 8)
+    placed = place_batch({"tokens": rows, "reward": rows[:, 0]}, mesh)
+    for shard in placed["tokens"].addressable_shards:
+        at = dict(zip(mesh.axis_names, np.argwhere(mesh.devices == shard.device)[0], strict=True))
+        chunks = [2, 3, 4, 5] if at["context"] else [0, 1, 6, 7]
+        np.testing.assert_array_equal(shard.data, rows[at["fsdp"] :][:1, chunks])
+    np.testing.assert_array_equal(placed["reward"], rows[:, 0])
+
+
+@pytest.mark.parametrize(
+    "config, part",
+    [
+        (MeshConfig(), (0, 4)),  # each of four hosts feeds the rows of its four devices
+        (MeshConfig(fsdp=4, tensor=4), (0, 4)),  # one part for the four devices of a host
+        (MeshConfig(fsdp=2, context=8), (0, 2)),  # two hosts share sequences
+        (MeshConfig(fsdp=1, context=16), (0, 1)),
+    ],
+)
+def test_hosts_that_share_sequences_feed_the_same_rows(config, part):
+    pytest.importorskip("libtpu")
+    devices = sorted(aot.tpu_devices("v5e:4x4"), key=lambda device: (device.process_index, device.id))
+    assert [device.process_index for device in devices] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    sizes = [getattr(config, name) for name in AXES]
+    sizes[sizes.index(-1) if -1 in sizes else 0] = 16 // -math.prod(sizes) if -1 in sizes else sizes[0]
+    mesh = Mesh(np.asarray(devices).reshape(sizes), AXES)
+    assert host_part(mesh) == part
+
+
+def test_hosts_that_share_a_part_of_their_rows_are_refused():
+    pytest.importorskip("libtpu")
+    devices = sorted(aot.tpu_devices("v5e:4x4"), key=lambda device: (device.process_index, device.id))[:12]
+    mesh = Mesh(np.asarray(devices).reshape(2, 1, 1, 6, 1), AXES)  # the second of three hosts has devices of both halves
+    with pytest.raises(ValueError, match="some of 3 hosts share a part of their rows, of data x fsdp x expert = 2 parts"):
+        host_part(mesh)
 
 
 @pytest.mark.parametrize(

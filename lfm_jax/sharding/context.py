@@ -1,0 +1,56 @@
+"""Sequences that are split over devices, in an order that gives every device the same share of causal attention.
+
+Of n devices, device r holds the chunks r and 2n - 1 - r of 2n: what a causal query sees of the one grows as the other's shrinks
+(as Megatron-LM and MaxText deal sequences; "zigzag" elsewhere). Attention needs no order, since positions and segments say who
+sees whom. What reads its neighbours, as a convolution does, gets the ends of the chunks before its own from other devices.
+
+`place_batch` puts batches into this order. It holds for whole sequences in training and evaluation; a cached sequence is in its
+natural order, and no device holds part of one.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+SEQUENCE_AXIS = "context"
+CHUNKS = 2  # of a sequence, on each device
+
+
+def sequence_shards() -> int:
+    """Over how many devices the enclosing mesh splits each sequence; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape.get(SEQUENCE_AXIS, 1)
+
+
+def dealt_order(seq: int, mesh: Mesh) -> np.ndarray | None:
+    """Which position of a sequence stands where in the order above: [seq] indices, to be used like `row[order]`; None: as it is.
+
+    Raises:
+      ValueError: the sequence does not divide into so many chunks.
+    """
+    shards = mesh.shape[SEQUENCE_AXIS]
+    if shards == 1:
+        return None
+    if seq % (CHUNKS * shards):
+        raise ValueError(
+            f"a sequence of {seq} does not divide into {CHUNKS} chunks for each of context={shards} devices; make it a multiple "
+            f"of {CHUNKS * shards}"
+        )
+    chunks = np.arange(seq).reshape(CHUNKS * shards, -1)
+    return np.concatenate([chunks[[shard, CHUNKS * shards - 1 - shard]].ravel() for shard in range(shards)])
+
+
+def ends_before(ends: jax.Array) -> jax.Array:
+    """For each chunk of this device, what the chunk before it in the sequence ends in; zeros for the first of all.
+
+    To be called on shards, inside `map_shards`.
+
+    Args:
+      ends: [batch, CHUNKS, ...], of this device's chunks.
+    """
+    every = jax.lax.all_gather(ends, SEQUENCE_AXIS, axis=1)  # [batch, shards, CHUNKS, ...]
+    shards, shard = every.shape[1], jax.lax.axis_index(SEQUENCE_AXIS)
+    in_order = jnp.concatenate([jnp.zeros_like(every[:, :1, 0]), every[:, :, 0], every[:, ::-1, 1]], axis=1)
+    pick = lambda chunk: jax.lax.dynamic_index_in_dim(in_order, chunk, axis=1, keepdims=True)  # the one before `chunk`
+    return jnp.concatenate([pick(shard), pick(CHUNKS * shards - 1 - shard)], axis=1)
