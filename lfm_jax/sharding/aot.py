@@ -48,10 +48,11 @@ def tpu_devices(topology: str) -> Sequence[Any]:
         raise ValueError(f"libtpu knows no topology {topology!r}; write it like v5e:2x2 or v5p:2x2x1") from error
 
 
-def compile_for(function: Callable, arguments: Sequence[Any]) -> jax.stages.Compiled:
+def compile_for(function: Callable, arguments: Sequence[Any], options: dict[str, str] | None = None) -> jax.stages.Compiled:
     """Compiles `function(*arguments)` for the TPUs that the arguments' shardings name.
 
     Args:
       arguments: pytrees of `jax.ShapeDtypeStruct` with shardings over devices of `tpu_devices`.
+      options: of the compiler, by name.
     """
-    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).compile(compiler_options=options)

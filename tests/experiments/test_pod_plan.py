@@ -1,0 +1,153 @@
+"""The planner's search and tables by hand, and one small run of it."""
+
+import json
+
+import pytest
+from etils import epath
+
+from experiments import pod_plan
+from experiments.pod_plan import compilation, figures, tables
+from experiments.pod_plan.search import Layout, best, ladder, mesh_text, search
+from lfm_jax.models import ComputeConfig, ModelConfig
+from lfm_jax.sharding import MeshConfig
+
+WHOLE, HALVES = MeshConfig(), MeshConfig(data=2)
+TINY = ModelConfig(
+    vocab_size=512, embed_dim=128, layer_types=("conv", "full_attention"), num_heads=2, num_kv_heads=1, head_dim=64, mlp_dim=256
+)
+
+
+def config(**settings):
+    return pod_plan.Config(**{"presets": (), "topologies": (), "tokens_per_device": 1024} | settings)
+
+
+def attempts(peaks, capacity=10.0):
+    """An attempt whose memory is looked up, and whose time is longer the less memory it takes; a peak of None is refused."""
+
+    def attempt(layout):
+        peak = peaks(layout)
+        seconds = None if peak is None else 100.0 - peak
+        return {"fits": peak is not None and peak <= capacity, "peak_bytes": peak, "seconds_per_step": seconds}
+
+    return attempt
+
+
+def peak(layout):
+    size = {"none": 16.0, "dots": 9.0, "full": 5.0}[layout.remat] / layout.accumulation
+    return size + (4.0 if layout.mesh == HALVES else 0.0)
+
+
+def test_the_greedy_search_takes_one_choice_after_the_other():
+    settings = config(meshes=(HALVES,), accumulations=(2,), remats=("none", "dots", "full"))
+    tried = search(settings, Layout(WHOLE, 1, "none"), attempts(peak))
+    # Neither mesh fits, so the smaller one goes on; two micro-batches fit; of the policies none is the fastest then.
+    assert [str(layout) for layout in tried] == [
+        "fsdp=all, 1 x none", "data=2 fsdp=all, 1 x none", "fsdp=all, 2 x none", "fsdp=all, 2 x dots", "fsdp=all, 2 x full",
+    ]  # fmt: skip
+    assert best(tried) == Layout(WHOLE, 2, "none")
+
+
+def test_the_full_search_takes_all_products():
+    settings = config(search="full", meshes=(HALVES,), accumulations=(2, 4), remats=("none", "dots"))
+    assert len(search(settings, Layout(WHOLE, 1, "none"), attempts(peak))) == 2 * 3 * 2
+
+
+def test_layouts_that_are_refused_do_not_stop_the_search():
+    refused = lambda layout: None if layout.accumulation > 1 else peak(layout)
+    settings = config(accumulations=(2,), remats=("full",))
+    tried = search(settings, Layout(WHOLE, 1, "none"), attempts(refused))
+    assert best(tried) == Layout(WHOLE, 1, "full")
+
+
+def test_where_nothing_fits_the_remedies_are_told_with_what_they_save():
+    settings = config(meshes=(HALVES,), accumulations=(2,), remats=("dots",))
+    first = Layout(WHOLE, 1, "none")
+    tried = search(settings, first, attempts(peak, capacity=1.0))
+    assert best(tried) is None
+    assert [(row["remedy"], row["saved_bytes"]) for row in ladder(first, tried)] == [
+        ("accumulation 2, remat dots", 11.5), ("accumulation 2", 8.0),
+    ]  # fmt: skip
+
+
+def test_a_mesh_is_told_by_its_axes():
+    assert mesh_text(WHOLE) == "fsdp=all"
+    assert mesh_text(MeshConfig(data=4, fsdp=2, tensor=2)) == "data=4 fsdp=2 tensor=2"
+    assert mesh_text(MeshConfig(fsdp=1)) == "one device"
+
+
+@pytest.mark.parametrize(
+    "message, needed",
+    [
+        ("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.", 20.5 * 2**30),
+        ("the total memory required for HLO temporaries (512.0M) exceeds available HBM (15.75G)", 2**29),
+        ("something else", None),
+    ],
+)
+def test_the_compilers_refusal_says_what_is_needed(message, needed):
+    assert compilation.parse_needed_bytes(message) == needed
+
+
+@pytest.mark.parametrize("topology, devices", [("v5e:16x16", 256), ("v5p:2x2x1", 4), ("tpu7x:2x2x1", 8)])
+def test_devices_of_a_topology(topology, devices):
+    assert figures.device_count(topology) == devices
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"presets": ("lfm2_350",)}, "no model preset 'lfm2_350'; did you mean 'lfm2_350m'"),
+        ({"topologies": ("v5:4x4",)}, "topologies: 'v5:4x4' is none, write it like v5e:16x16. Did you mean 'v5"),
+        ({"batch_tokens": 1024}, "and not both"),
+        ({"options": ("fast",)}, "options: 'fast' is not of the form NAME=VALUE"),
+    ],
+)
+def test_mistakes_in_the_config_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+def test_a_failed_compilation_is_told_and_not_kept(tmp_path, monkeypatch):
+    def fail(module, job, seconds):
+        raise RuntimeError("Traceback\n  File somewhere\nKeyError: 'nothing'\n")
+
+    monkeypatch.setattr(compilation, "run_module", fail)
+    assert compilation.compile_step(_job(), epath.Path(tmp_path), 10).problem == "failed: KeyError: 'nothing'"
+    assert not list(tmp_path.iterdir())
+
+    def late(module, job, seconds):
+        raise TimeoutError
+
+    monkeypatch.setattr(compilation, "run_module", late)
+    assert compilation.compile_step(_job(), epath.Path(tmp_path), 10).problem == "not compiled in 10 s"
+
+
+def _job():
+    settings = config()
+    return compilation.Job(
+        model=TINY, topology="v5e:2x2", mesh=WHOLE, rows=4, seq_len=256, compute=ComputeConfig(), optimizer=settings.optimizer,
+        loss=settings.loss,
+    )  # fmt: skip
+
+
+def test_a_small_run_from_shapes_to_tables(tmp_path):
+    pytest.importorskip("libtpu")
+    run = {"source": "none", "model": TINY, "topology": "v5e:2x2", "devices": 2, "seq_len": 256, "tokens_per_second": 1e5}
+    runs = pod_plan.PublishedRun(name="two devices", rows=4, **run), pod_plan.PublishedRun(name="no rows", rows=3, **run)
+    pod_plan.main(config(published=runs), epath.Path(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    found, refused = results["published"]
+    assert found["fits"] and found["accumulation"] == 1 and found["devices"] == 2
+    assert found["argument_bytes"] < found["peak_bytes"] < found["capacity_bytes"]
+    assert 0 < found["mfu_share"] < found["mfu_full_square_share"] < 1
+    assert found["estimate_over_measured"] == pytest.approx(found["tokens_per_second_per_chip"] / 1e5)
+    # The matmuls of three passes, with attention's full square and every row of the vocabulary.
+    square = found["model_flops_per_device"] * found["mfu_full_square_share"] / found["mfu_share"]
+    assert found["compiled_matmul_flops_per_device"] == pytest.approx(square, rel=0.15)
+    assert sum(row["seconds"] for row in found["breakdown"]) == pytest.approx(found["seconds_per_step"])
+    assert {row["kernel"] for row in found["kernels"]} == {"short_conv", "short_conv_grad"}
+    assert all(row["schedule_read"] and row["loops_matched"] for row in found["kernels"])
+    assert found["interconnect_bytes"] > 0
+    assert refused["problem"].startswith("refused: a batch of 3 rows does not divide")
+    assert tables.NOTE == results["note"]
+    assert f"{found['tokens_per_second']:,.0f}" in (tmp_path / "pod_plan.md").read_text()
+    assert (tmp_path / "pod_plan.png").stat().st_size > 10_000
