@@ -3,9 +3,11 @@
 python run.py --list                                      what can be run, a line each
 python run.py --describe --config=configs/NAME.py         what it shows, and every field with its value
 python run.py --config=configs/NAME.py[:ARGUMENT] --workdir=DIR [--config.FIELD=VALUE ...]
+python run.py ... --workdir=gs://BUCKET/NAME --launch=gke|gcloud|skypilot --launch.FIELD=VALUE ...   what runs this on TPU slices
 
 The same command, given again, resumes the run in DIR where it stopped. A workdir holds one run: a command with other settings is
-refused, unless --allow_config_change says that the run shall go on with them.
+refused, unless --allow_config_change says that the run shall go on with them. With --launch nothing is run: the files are written
+and what to type then is said; with --dry_run they are printed (docs/launching.md).
 """
 
 import ast
@@ -14,9 +16,10 @@ import importlib
 import importlib.util
 import json
 import sys
+import traceback
 import types
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from absl import flags
 
@@ -48,22 +51,24 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_string("config", None, "configs/NAME.py[:ARGUMENT]", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_bool("allow_config_change", False, "go on in a workdir with other settings", flag_values=values)
+    flags.DEFINE_string("launch", None, "gke, gcloud or skypilot: write what runs this command there", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "with --launch: print it", flag_values=values)
     return values
 
 
-def _split_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+def _split_overrides(arguments: list[str], of: str = "config") -> tuple[list[str], list[tuple[str, str]]]:
     """Takes `--config.FIELD=VALUE` (or `--config.FIELD VALUE`) out of the arguments: (the others, [(field, value)])."""
     rest, overrides = [], []
     waiting = iter(arguments)
     for argument in waiting:
-        if not argument.startswith("--config."):
+        if not argument.startswith(f"--{of}."):
             rest.append(argument)
             continue
-        path, equals, value = argument.removeprefix("--config.").partition("=")
+        path, equals, value = argument.removeprefix(f"--{of}.").partition("=")
         if not equals:
             value = next(waiting, "--")
             if value.startswith("--"):
-                raise ConfigError(f"--config.{path} needs a value: --config.{path}=VALUE.")
+                raise ConfigError(f"--{of}.{path} needs a value: --{of}.{path}=VALUE.")
         overrides.append((path, value))
     return rest, overrides
 
@@ -74,10 +79,10 @@ def _parse_flags(arguments: list[str]) -> flags.FlagValues:
         left_over = values([sys.argv[0], *arguments])[1:]
     except flags.UnrecognizedFlagError as error:
         head, dot, tail = error.flagname.partition(".")
-        near = difflib.get_close_matches(head, list(values), n=1, cutoff=0.5)
-        hint = f"Did you mean --{'config' if dot else near[0]}{dot}{tail}? " if near or dot else ""
-        known = ", ".join(f"--{name}" for name in values)
-        raise ConfigError(f"--{error.flagname}: no such flag. {hint}Valid flags: {known}, --config.FIELD.") from error
+        near = difflib.get_close_matches(head, ["config", "launch"] if dot else list(values), n=1, cutoff=0.0 if dot else 0.5)
+        hint = f"Did you mean --{near[0]}{dot}{tail}? " if near else ""
+        known = ", ".join(f"--{name}" for name in [*values, "config.FIELD", "launch.FIELD"])
+        raise ConfigError(f"--{error.flagname}: no such flag. {hint}Valid flags: {known}.") from error
     except flags.Error as error:
         raise ConfigError(f"{error}. Flags are written --name=value, or --name for yes.") from error
     if left_over:
@@ -98,10 +103,16 @@ def _list() -> None:
         print(f"{name:{max(map(len, files))}}  {lines[0] if lines else ''}")
 
 
-def _load_config_file(name: str) -> Any:
+def _find_config_file(name: str) -> Path:
+    """From the current folder, or else from this file's."""
     path = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
     if path is None:
         raise ConfigError(f"--config={name}: there is no such file. {nearest(name, _config_files())}")
+    return path.resolve()
+
+
+def _load_config_file(name: str) -> Any:
+    path = _find_config_file(name)
     spec = importlib.util.spec_from_file_location("config", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config={name}: not a Python file. {nearest(name, _config_files())}")
@@ -169,35 +180,88 @@ def _check_workdir(path: Any, record: dict[str, Any], allow_change: bool) -> Non
         print(f"config changed in {path.parent}: {'; '.join(differences)}", flush=True)
 
 
+def _launch(scheduler: str, overrides: list[tuple[str, str]], values: flags.FlagValues, command: list[str]) -> None:
+    """Writes or prints what runs `command`, the arguments of this program, on TPU slices.
+
+    Raises:
+      ConfigError: a mistake in the settings, or a config file that the container image does not hold.
+    """
+    from experiments.launch import LaunchConfig, render
+
+    file, colon, argument = values.config.partition(":")
+    path = _find_config_file(file)
+    if not path.is_relative_to(ROOT):
+        raise ConfigError(f"--config={values.config} is not in the container image; put the file into {ROOT.name}/configs/.")
+    settings: dict[str, Any] = {}
+    try:
+        for field, text in overrides:
+            override(LaunchConfig, settings, field, text)
+        config = from_mapping(LaunchConfig, settings)
+    except ConfigError as error:
+        raise ConfigError(f"--launch.{error}") from error
+    general = [f"--config={path.relative_to(ROOT).as_posix()}{colon}{argument}", f"--workdir={values.workdir}"]
+    general += ["--allow_config_change"] * values.allow_config_change
+    rendered = render(scheduler, config, values.workdir, [*general, *command])
+    if values.dry_run:
+        for name, content in rendered.files.items():
+            print(f"# {name}", content, sep="\n")
+        print(*(f"# {when}: {what}" for when, what in rendered.commands), sep="\n")
+        return
+    folder = Path(config.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in rendered.files.items():
+        (folder / name).write_text(content)
+        print(f"wrote {folder / name}")
+    print(f"Nothing runs yet. In {folder}/, type", *(f"  {what}    # {when}" for when, what in rendered.commands), sep="\n")
+
+
+def _start(module: types.ModuleType, config: Any, record: dict[str, Any], workdir: str, allow_change: bool) -> None:
+    """Runs the experiment, together with the other processes of the run where there are any."""
+    from etils import epath
+
+    from experiments.results import write_json
+    from lfm_jax.sharding import distributed
+    from lfm_jax.sharding.flags import add_to_environment
+
+    add_to_environment()
+    process = distributed.join()
+    path = epath.Path(workdir)
+    _check_workdir(path / "config.json", record, allow_change)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir={path} cannot be made ({error.strerror}): name a folder, new or a run's.") from error
+    if process == 0:
+        write_json(path / "config.json", record)
+    module.main(config, path)
+
+
 def _run(arguments: list[str]) -> None:
     arguments, overrides = _split_overrides(arguments)
+    arguments, launch_overrides = _split_overrides(arguments, "launch")
     values = _parse_flags(arguments)
     if values.help:
-        print(__doc__.strip())
+        from experiments.launch import describe
+
+        print(__doc__.strip(), describe(), sep="\n\n")
         return
     if values.list:
         _list()
         return
+    if values.launch is None and (values.dry_run or launch_overrides):
+        given = "--dry_run" if values.dry_run else f"--launch.{launch_overrides[0][0]}"
+        raise ConfigError(f"{given} says nothing without --launch: say what for, --launch=gke, gcloud or skypilot.")
     request = _read(values.config, overrides)
     if values.describe:
         _describe(request)
         return
     config = from_mapping(request.module.Config, request.settings)
-    record = {**request.about, **to_mapping(config)}
     if not values.workdir:
         raise ConfigError("--workdir is missing: name the folder for this run's files, e.g. --workdir=workdirs/first.")
-    from etils import epath
-
-    from experiments.results import write_json
-
-    workdir = epath.Path(values.workdir)
-    _check_workdir(workdir / "config.json", record, values.allow_config_change)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--workdir={workdir} cannot be made ({error.strerror}): name a folder, new or a run's.") from error
-    write_json(workdir / "config.json", record)
-    request.module.main(config, workdir)
+    if values.launch is not None:
+        _launch(values.launch, launch_overrides, values, [f"--config.{path}={text}" for path, text in overrides])
+        return
+    _start(request.module, config, {**request.about, **to_mapping(config)}, values.workdir, values.allow_config_change)
 
 
 def main(arguments: list[str]) -> int:
@@ -210,5 +274,16 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _process() -> NoReturn:
+    """Does it as a process of its own: one of several does not wait for the others once something went wrong."""
+    try:
+        code = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    distributed = sys.modules.get("lfm_jax.sharding.distributed")  # imported where something was run
+    sys.exit(code) if distributed is None else distributed.leave(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _process()

@@ -11,6 +11,7 @@ from conftest import ROOT
 
 import run
 from lfm_jax.configuration import ConfigError
+from lfm_jax.sharding import distributed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,12 @@ def test_the_same_command_resumes(calls):
     [
         (["--confg.steps=1"], "--confg.steps: no such flag. Did you mean --config.steps?"),
         (["--workdr=out"], "--workdr: no such flag. Did you mean --workdir? Valid flags: "),
+        (["--lanch.slices=2"], "--lanch.slices: no such flag. Did you mean --launch.slices?"),
         (["--zzz"], "--zzz: no such flag. Valid flags: --list, --describe, "),
+        (["--config=toy.py", "--dry_run"], "--dry_run says nothing without --launch: say what for, --launch=gke, "),
+        (["--config=toy.py", "--launch.slices=2"], "--launch.slices says nothing without --launch: say what for"),
+        (["--config=toy.py", "--launch=gke", "--launch.slices"], "--launch.slices needs a value: --launch.slices=VALUE."),
+        (["--config=toy.py", "--workdir=gs://b/n", "--launch=gke"], "--config=toy.py is not in the container image; put "),
         (["--list=perhaps"], "flag --list=perhaps: ('Non-boolean argument"),
         (["toy.py"], "'toy.py' stands alone: flags are written --name=value; did you mean --config=toy.py?"),
         ([], "--config is missing: say what to run. Valid choices: configs/"),
@@ -200,9 +206,37 @@ def test_describes_lines_are_a_command_line(calls, capsys):
     assert calls[0][0] == calls[1][0]
 
 
-def test_help_shows_how_to_run(capsys):
+def test_help_shows_how_to_run_and_how_to_launch(capsys):
     assert run.main(["--help"]) == 0
-    assert "python run.py --list" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "python run.py --list" in shown and "--launch.topology=(required)" in shown.splitlines()
+
+
+def test_of_several_processes_the_first_writes_config_json(calls, monkeypatch, tmp_path):
+    joined = []
+    monkeypatch.setattr(distributed, "join", lambda: joined.append(None) or 1)
+    monkeypatch.setattr(sys.modules["experiments.toy"], "main", lambda config, workdir: None)
+    assert run.main(["--config=toy.py", "--workdir=out"]) == 0
+    assert joined == [None] and (tmp_path / "out").is_dir() and not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--list"], ["--help"], ["--describe", "--config=toy.py"], ["--config=toy.py"]])
+def test_what_runs_nothing_joins_nobody(calls, monkeypatch, arguments):
+    monkeypatch.setattr(distributed, "join", None)
+    run.main(arguments)
+
+
+@pytest.mark.parametrize(("error", "code"), [(ValueError("a bug"), 1), (ConfigError("a mistake"), 2), (SystemExit(75), 75)])
+def test_a_process_ends_with_the_code_of_what_happened(calls, monkeypatch, capsys, error, code):
+    def main(config, workdir):
+        raise error
+
+    monkeypatch.setattr(sys.modules["experiments.toy"], "main", main)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--config=toy.py", "--workdir=out"])
+    with pytest.raises(SystemExit) as ended:
+        run._process()
+    assert ended.value.code == code
+    assert ("Traceback" in capsys.readouterr().err) == (code == 1)
 
 
 def test_list_shows_every_config_with_its_first_line_and_imports_no_jax():
