@@ -1,5 +1,8 @@
 """Kernels, each beside the plain-JAX reference that specifies it and the dispatcher that chooses."""
 
+from lfm_jax.kernels.attention_dispatch import attention
+from lfm_jax.kernels.attention_reference import attention_reference
+from lfm_jax.kernels.attention_tpu import ATTENDED
 from lfm_jax.kernels.short_conv_dispatch import IMPLEMENTATIONS, short_conv
 
-__all__ = ["IMPLEMENTATIONS", "short_conv"]
+__all__ = ["ATTENDED", "IMPLEMENTATIONS", "attention", "attention_reference", "short_conv"]

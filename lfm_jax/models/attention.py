@@ -6,29 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lfm_jax.arrays import Hidden, Mask
+from lfm_jax.arrays import Hidden
+from lfm_jax.kernels import attention, attention_reference
 from lfm_jax.models.cache import AttentionState, CacheBytes
 from lfm_jax.models.config import ComputeConfig, ModelConfig
 from lfm_jax.models.context import Context
 from lfm_jax.models.layers import RMSNorm, apply_rope, compute_dtype, parameter, project
 from lfm_jax.sharding import constrain
-
-
-def grouped_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask) -> jax.Array:
-    """Softmax attention where heads share keys and values in groups; the softmax is in float32.
-
-    Args:
-      query: [batch, queries, heads, head_dim]; key, value: [batch, keys, kv_heads, head_dim].
-      mask: [batch, queries, keys]. A row without any True (a padding position) attends evenly, which nothing reads.
-    Returns:
-      [batch, queries, heads, head_dim].
-    """
-    batch, queries, heads, head_dim = query.shape
-    grouped = query.reshape(batch, queries, key.shape[2], -1, head_dim)
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32) * head_dim**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(batch, queries, heads, head_dim)
 
 
 class Attention(nnx.Module):
@@ -50,15 +34,16 @@ class Attention(nnx.Module):
         if config.attention_gate:
             self.gate_proj = parameter(rngs, (embed, heads), ("embed", "heads"), embed)
         self.gated = config.attention_gate
+        self.sliding_window = self.window(config)
+        self.implementation = compute.attention
         self.dtype = compute_dtype(compute)
 
     def __call__(self, x: Hidden, context: Context, state: AttentionState | None) -> tuple[Hidden, AttentionState | None]:
         heads = lambda weight: project(x, weight[...].astype(self.dtype))
         phases = context.rope[self.kind]
         query = constrain(apply_rope(self.q_norm(heads(self.q_proj)), phases), ("batch", "seq", "heads", None))
-        # Every query looks at keys of the whole sequence.
-        key = constrain(apply_rope(self.k_norm(heads(self.k_proj)), phases), ("batch", None, "kv_heads", None))
-        value = constrain(heads(self.v_proj), ("batch", None, "kv_heads", None))
+        key = constrain(apply_rope(self.k_norm(heads(self.k_proj)), phases), ("batch", "seq", "kv_heads", None))
+        value = constrain(heads(self.v_proj), ("batch", "seq", "kv_heads", None))
         if state is not None:
             rows = jnp.arange(x.shape[0])[:, None]
             # Padding has a slot past the end, and "drop" leaves the cache as it was there.
@@ -67,7 +52,12 @@ class Attention(nnx.Module):
                 state.values.at[rows, context.slots].set(value.astype(state.values.dtype), mode="drop"),
             )
             key, value = state.keys.astype(self.dtype), state.values.astype(self.dtype)
-        out = grouped_attention(query, key, value, context.masks[self.kind])
+            out = attention_reference(query, key, value, context.masks[self.kind])
+        else:
+            out = attention(
+                query, key, value, context.masks[self.kind], context.segment_ids,
+                window=self.sliding_window, implementation=self.implementation,
+            )  # fmt: skip
         if self.gated:
             gate = jax.nn.sigmoid(project(x, self.gate_proj[...].astype(self.dtype)).astype(jnp.float32))
             out = out * gate[..., None].astype(self.dtype)

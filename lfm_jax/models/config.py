@@ -134,10 +134,11 @@ class ComputeConfig:
     """How the model is computed; none of it changes what is computed beyond rounding.
 
     dtype: of activations and of the weights as they enter a matmul. "auto": bfloat16 on an accelerator, float32 on a CPU.
-    short_conv: implementation of the short convolution (see `lfm_jax.kernels.short_conv`).
+    short_conv, attention: implementations (see `lfm_jax.kernels`).
     remat: what the backward pass computes again: "none" of a block, "dots" (all but the matmuls), or the "full" block.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     short_conv: Literal["auto", "pallas", "reference"] = "auto"
+    attention: Literal["auto", "splash", "reference"] = "auto"
     remat: Literal["none", "dots", "full"] = "none"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lfm_jax.arrays import Hidden, Logits, Positions, SegmentIds, Tokens
+from lfm_jax.kernels import ATTENDED
 from lfm_jax.models.cache import DecoderCache
 from lfm_jax.models.config import ComputeConfig, ModelConfig
 from lfm_jax.models.context import Context, cached_context, training_context
@@ -15,7 +16,7 @@ from lfm_jax.models.moe import MoE
 from lfm_jax.models.operators import OPERATORS
 from lfm_jax.sharding import constrain
 
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names(PROJECTED), "full": None}
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names(PROJECTED, ATTENDED), "full": None}
 
 
 class DecoderOutput(NamedTuple):

@@ -1,6 +1,6 @@
 """Meshes, the one table from logical axes to mesh axes, and sequences that are split over devices."""
 
-from lfm_jax.sharding.context import CHUNKS, SEQUENCE_AXIS, dealt_order, ends_before, sequence_shards
+from lfm_jax.sharding.context import CHUNKS, SEQUENCE_AXIS, dealt_order, ends_before, in_sequence, sequence_shards
 from lfm_jax.sharding.logical import (
     LogicalAxes,
     activation_sharding,
@@ -8,14 +8,16 @@ from lfm_jax.sharding.logical import (
     gather_shards,
     map_shards,
     parameter_sharding,
+    shard_count,
     shard_index,
     sum_and_scatter_shards,
     sum_shards,
+    target_platform,
 )
 from lfm_jax.sharding.mesh import AXES, MeshConfig, make_mesh
 
 __all__ = [
     "AXES", "CHUNKS", "LogicalAxes", "MeshConfig", "SEQUENCE_AXIS", "activation_sharding", "constrain", "dealt_order",
-    "ends_before", "gather_shards", "make_mesh", "map_shards", "parameter_sharding", "sequence_shards", "shard_index",
-    "sum_and_scatter_shards", "sum_shards",
+    "ends_before", "gather_shards", "in_sequence", "make_mesh", "map_shards", "parameter_sharding", "sequence_shards",
+    "shard_count", "shard_index", "sum_and_scatter_shards", "sum_shards", "target_platform",
 ]

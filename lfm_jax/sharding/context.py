@@ -11,7 +11,6 @@ natural order, and no device holds part of one.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 SEQUENCE_AXIS = "context"
 CHUNKS = 2  # of a sequence, on each device
@@ -23,13 +22,12 @@ def sequence_shards() -> int:
     return 1 if mesh.empty else mesh.shape.get(SEQUENCE_AXIS, 1)
 
 
-def dealt_order(seq: int, mesh: Mesh) -> np.ndarray | None:
+def dealt_order(seq: int, shards: int) -> np.ndarray | None:
     """Which position of a sequence stands where in the order above: [seq] indices, to be used like `row[order]`; None: as it is.
 
     Raises:
       ValueError: the sequence does not divide into so many chunks.
     """
-    shards = mesh.shape[SEQUENCE_AXIS]
     if shards == 1:
         return None
     if seq % (CHUNKS * shards):
@@ -39,6 +37,15 @@ def dealt_order(seq: int, mesh: Mesh) -> np.ndarray | None:
         )
     chunks = np.arange(seq).reshape(CHUNKS * shards, -1)
     return np.concatenate([chunks[[shard, CHUNKS * shards - 1 - shard]].ravel() for shard in range(shards)])
+
+
+def in_sequence(x: jax.Array) -> jax.Array:
+    """[batch, seq, ...], whole on each device, from the order above to that of the sequence."""
+    shards = sequence_shards()
+    if shards == 1:
+        return x
+    chunks = x.reshape(x.shape[0], shards, CHUNKS, -1, *x.shape[2:])
+    return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1).reshape(x.shape)
 
 
 def ends_before(ends: jax.Array) -> jax.Array:

@@ -41,9 +41,9 @@ def parameter_sharding(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int]) -> N
     return NamedSharding(mesh, _spec(axes, PARAMETER_RULES, mesh, shape))
 
 
-def activation_sharding(mesh: Mesh, axes: LogicalAxes) -> NamedSharding:
-    """The sharding of an activation or of a batch."""
-    return NamedSharding(mesh, _spec(axes, ACTIVATION_RULES, mesh, None))
+def activation_sharding(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int] | None = None) -> NamedSharding:
+    """The sharding of an activation or of a batch; shape None: of one whose every length divides."""
+    return NamedSharding(mesh, _spec(axes, ACTIVATION_RULES, mesh, shape))
 
 
 def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
@@ -52,6 +52,18 @@ def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, _spec(axes, ACTIVATION_RULES, mesh, x.shape))
+
+
+def target_platform() -> str:
+    """What the program being traced is for: the platform of the enclosing mesh, which need not be there, or the default one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def shard_count(name: str) -> int:
+    """Over how many devices the enclosing mesh splits the logical axis `name` of activations; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ACTIVATION_RULES[name])
 
 
 def gather_shards(x: jax.Array, name: str, axis: int) -> jax.Array:

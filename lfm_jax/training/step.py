@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from lfm_jax.models import FunctionalModel
 from lfm_jax.models.functional import Tree
-from lfm_jax.sharding import activation_sharding, constrain, dealt_order
+from lfm_jax.sharding import SEQUENCE_AXIS, activation_sharding, constrain, dealt_order
 from lfm_jax.training.objective import Batch, Objective, Sums
 from lfm_jax.training.state import Purpose, TrainState, random_key, replicated, state_shardings
 
@@ -92,7 +92,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     Raises:
       ValueError: the rows do not divide over the devices, the sequences not over those of `context`, or see `host_part`.
     """
-    order = dealt_order(batch["tokens"].shape[1], mesh)
+    order = dealt_order(batch["tokens"].shape[1], mesh.shape[SEQUENCE_AXIS])
     parts = host_part(mesh)[1]
 
     def place(rows: np.ndarray) -> jax.Array:

@@ -243,7 +243,7 @@ def test_sequences_over_devices_equal_whole_ones(implementation, width, segmente
     (bcx, weight, bias, _, _), dy, dfinal = _inputs(jnp.float32, width, 2, 160, 256, biased=True)
     segment_ids = jnp.asarray([[1] * 20 + [2] * 65 + [3] * 75, [1] * 60 + [2] * 100], jnp.int32) if segmented else None
     mesh = make_mesh(MeshConfig(fsdp=1, context=4, tensor=2))
-    order = dealt_order(160, mesh)
+    order = dealt_order(160, mesh.shape["context"])
 
     def run(bcx, dy, segment_ids):
         function = lambda *inputs: short_conv(

@@ -18,17 +18,10 @@ MODEL = dataclasses.replace(
     mlp_dim=256, vocab_size=512,
 )  # fmt: skip
 ROWS_PER_CHIP, SEQ = 2, 512
-# chips: (topology, mesh)
-MESHES = {
-    1: ("v5e:2x2", MeshConfig()),
-    4: ("v5e:2x2", MeshConfig(data=2, fsdp=1, tensor=2)),
-    16: ("v5e:4x4", MeshConfig(data=2, fsdp=4, tensor=2)),
-}
 
 
-def _compiled(chips, accumulation=1):
+def _compiled(topology, chips, mesh_config, accumulation):
     """Forward, backward, clipping and AdamW, from shapes with shardings alone."""
-    topology, mesh_config = MESHES[chips]
     mesh = make_mesh(mesh_config, aot.tpu_devices(topology)[:chips])
     # "auto" would be float32 here: what is traced on a CPU does not know yet what it is compiled for.
     compute = ComputeConfig(dtype="bfloat16", short_conv="pallas", remat="dots")
@@ -36,7 +29,7 @@ def _compiled(chips, accumulation=1):
     optimizer = make_optimizer(OptimizerConfig(), 100)
     objective = next_token_objective(LossConfig(z_loss=1e-4, block=256))
     step = make_train_step(functions, optimizer, objective, mesh, seed=0, accumulation=accumulation)
-    rows = activation_sharding(mesh, ("batch",))
+    rows = activation_sharding(mesh, ("batch", "seq"))
     array = lambda dtype: jax.ShapeDtypeStruct((accumulation * ROWS_PER_CHIP * chips, SEQ), dtype, sharding=rows)
     batch = {name: array(jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
     batch["loss_mask"] = array(jnp.float32)
@@ -44,12 +37,21 @@ def _compiled(chips, accumulation=1):
     return state, step.trace(state, batch).lower(lowering_platforms=("tpu",)).compile()
 
 
-@pytest.mark.parametrize("chips, accumulation", [(1, 1), (4, 1), (16, 2)])
-def test_training_step_with_pallas_compiles_on_16_chips(chips, accumulation):
-    state, compiled = _compiled(chips, accumulation)
+@pytest.mark.parametrize(
+    "topology, chips, mesh_config, accumulation",
+    [
+        ("v5e:2x2", 1, MeshConfig(), 1),
+        ("v5e:2x2", 4, MeshConfig(data=2, fsdp=1, tensor=2), 1),
+        ("v5e:4x4", 16, MeshConfig(data=2, fsdp=4, tensor=2), 2),
+        ("v5p:2x2x4", 16, MeshConfig(fsdp=8, context=2), 1),
+    ],
+)
+def test_training_step_with_pallas_compiles_on_16_chips(topology, chips, mesh_config, accumulation):
+    state, compiled = _compiled(topology, chips, mesh_config, accumulation)
     text = compiled.as_text()
-    # Two convolutions: forward, forward again in the backward pass ("dots" keeps only matmuls), and backward.
-    assert text.count('custom_call_target="tpu_custom_call"') == 2 * 3
+    # Two convolutions: forward, forward again in the backward pass ("dots" keeps only matmuls), and backward. Attention's output
+    # is kept as well, and its backward pass has a kernel for the queries and one for the keys.
+    assert text.count('custom_call_target="tpu_custom_call"') == 2 * 3 + 3
     assert ("all-reduce" in text or "reduce-scatter" in text) == (chips > 1)
     # The state leaves with the shardings that it came with, in the memory that it came in.
     wrong = [

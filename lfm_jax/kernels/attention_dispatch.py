@@ -1,0 +1,81 @@
+"""One function for attention over whole sequences, whatever computes it."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lfm_jax.arrays import Mask, SegmentIds
+from lfm_jax.kernels.attention_reference import attention_reference
+from lfm_jax.kernels.attention_tpu import LANES, splash_attention
+from lfm_jax.sharding import (
+    constrain,
+    dealt_order,
+    in_sequence,
+    map_shards,
+    sequence_shards,
+    shard_count,
+    shard_index,
+    target_platform,
+)
+
+_QUERIES = ("batch", "seq", "heads", None)
+_KEYS = ("batch", None, "kv_heads", None)  # every query looks at keys of the whole sequence
+
+AttentionImplementation = Literal["auto", "splash", "reference"]
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: Mask,
+    segment_ids: SegmentIds | None,
+    *,
+    window: int | None = None,
+    implementation: AttentionImplementation = "auto",
+) -> jax.Array:
+    """Causal attention within documents, heads sharing keys and values in groups.
+
+    Where the mesh splits sequences over devices, they are in the order of `lfm_jax.sharding.context`.
+
+    Args:
+      query: [batch, seq, heads, head_dim]; key, value: [batch, seq, kv_heads, head_dim].
+      mask: [batch, seq, seq], who sees whom; a kernel does not read it, so that it need not exist.
+      segment_ids: [batch, seq], documents; None: each row is one. window: positions that a query sees at most, itself included.
+      implementation: "auto" (the kernel where the program is for TPUs and the shapes suit it), "splash" (the kernel, emulated
+        elsewhere) or "reference" (XLA).
+    Returns:
+      [batch, seq, heads, head_dim].
+    Raises:
+      ValueError: "splash" for a shape that the kernel does not take.
+    """
+    seq, head_dim, shards = query.shape[1], query.shape[3], sequence_shards()
+    suits = seq % (LANES * shards) == 0 and head_dim % 64 == 0
+    if implementation == "splash" and not suits:
+        raise ValueError(
+            f"splash attention takes sequences of a multiple of {LANES * shards} and heads of a multiple of 64, got {seq} and "
+            f"{head_dim}; use 'reference'"
+        )
+    if implementation == "reference" or implementation == "auto" and not (suits and target_platform() == "tpu"):
+        return attention_reference(query, constrain(key, _KEYS), constrain(value, _KEYS), mask)
+    if key.shape[2] % shard_count("kv_heads"):
+        # Devices cannot have whole groups: every head gets its own copy of its keys.
+        key, value = (jnp.repeat(array, query.shape[2] // key.shape[2], axis=2) for array in (key, value))
+    key, value = (in_sequence(constrain(array, _KEYS)) for array in (key, value))
+    arguments, axes = [query, key, value], [_QUERIES, _KEYS, _KEYS]
+    if segment_ids is not None:
+        arguments += [segment_ids, in_sequence(constrain(segment_ids, ("batch", None)))]
+        axes += [("batch", "seq"), ("batch", None)]
+    order = dealt_order(seq, shards)
+    compute = functools.partial(
+        _on_shard, order=np.arange(seq) if order is None else order, window=window, interpret=target_platform() != "tpu"
+    )
+    return map_shards(compute, arguments, axes, _QUERIES)
+
+
+def _on_shard(query, key, value, query_segments=None, key_segments=None, **static) -> jax.Array:
+    part = shard_index("seq") if query.shape[1] < key.shape[1] else 0
+    return splash_attention(query, key, value, query_segments, key_segments, part=part, **static)
