@@ -42,7 +42,8 @@ class Config:
     mesh, accumulation, compute: the layout that is tried first.
     meshes, accumulations, remats: what else is tried; none: nothing else.
     search: "greedy" takes mesh, accumulation and rematerialisation one after the other, each at its best; "full" all products.
-    options: of the TPU compiler, NAME=VALUE each. compile_seconds: that one compilation may take.
+    options: of the TPU compiler, NAME=VALUE each, over those that a launch sets (lfm_jax/sharding/flags.py).
+    compile_seconds: that one compilation may take.
     published: runs that are planned as they were, and compared with what was measured.
     """
 
@@ -54,7 +55,7 @@ class Config:
     total_tokens: int = 10**12
     mesh: MeshConfig = MeshConfig()
     accumulation: int = 1
-    compute: ComputeConfig = ComputeConfig(dtype="bfloat16", short_conv="pallas")
+    compute: ComputeConfig = ComputeConfig(dtype="bfloat16")
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig(z_loss=1e-4)
     search: Literal["greedy", "full"] = "greedy"

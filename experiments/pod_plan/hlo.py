@@ -143,15 +143,17 @@ class Program:
             head = _HEAD.match(line)
             if head:
                 name, is_entry, lines = head[2], bool(head[1]), []
-            elif line.startswith("}") and name:
+            elif line.rstrip() == "}" and name:
                 instructions = {each.name: each for each in map(parse_instruction, lines)}
                 root = next((line for line in lines if line.lstrip().startswith("ROOT ")), lines[-1])
                 self.computations[name] = Computation(name, instructions, parse_instruction(root).name)
                 if is_entry:
                     self.entry = self.computations[name]
                 name = None
-            elif name and line.startswith("  "):
+            elif name and line.startswith(("  %", "  ROOT %")):
                 lines.append(line)
+            elif name and lines:  # an attribute's text that has line breaks of its own
+                lines[-1] += " " + line.strip()
         self._functions = _source_functions(text)
 
     def called(self, instruction: Instruction, attribute: str = "calls") -> Computation | None:

@@ -223,14 +223,15 @@ def _all(loops: tuple[Loop, ...]):
 def live_share(kernel: Kernel) -> float:
     """The share of grid steps that do work.
 
-    Which blocks a mask leaves empty is data that the program does not show. Splash attention's grid ends in (blocks, blocks); for
-    a causal mask over n x m of them those below and on the diagonal work, (n + 1) / 2n where n = m. A window's grid is short.
+    Which blocks a mask leaves empty is data that the program does not show. Splash attention's grid has an axis of query blocks
+    and one of key blocks. Where they are equally long the mask is taken to be causal, and (n + 1) / 2n of them work; a window has
+    a shorter grid, of which all is counted, as it is for causal blocks that are no squares.
     """
-    if not kernel.name.startswith("splash") or len(kernel.grid) < 2:
+    if not kernel.name.startswith("splash") or len(kernel.grid) < 3:
         return 1.0
-    rows, columns = kernel.grid[-2:]
-    live = sum(math.ceil((row + 1) * columns / rows) for row in range(rows))
-    return live / (rows * columns)
+    # The gradient of keys and values walks over key blocks, heads and query blocks, the others over heads, query and key blocks.
+    one, other = (kernel.grid[-3], kernel.grid[-1]) if "dkv" in kernel.name else kernel.grid[-2:]
+    return (one + 1) / (2 * one) if one == other else 1.0
 
 
 def memory_bytes(kernel: Kernel, computation: Computation, call: Instruction) -> float:

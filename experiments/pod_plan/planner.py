@@ -14,6 +14,7 @@ from experiments.pod_plan.figures import device_count, measure
 from experiments.pod_plan.search import Layout, best, ladder, search
 from experiments.results import write_results
 from lfm_jax.models import preset
+from lfm_jax.sharding.flags import flags_for
 
 CACHE = "compiled"
 
@@ -43,6 +44,12 @@ def _rows(config: Config, topology: str, seq_len: int) -> int:
     return max(1, tokens // seq_len)
 
 
+def _options(config: Config, topology: str) -> tuple[str, ...]:
+    """What a launch on such a slice sets, and the config's own."""
+    own = dict(option.split("=", 1) for option in config.options)
+    return tuple(f"{name}={value}" for name, value in (flags_for(topology.partition(":")[0]) | own).items())
+
+
 def _plan(config: Config, workdir: epath.Path, console: Console, name: str, topology: str, seq_len: int):
     """(the recommended layout's figures, those of all layouts without their tables, the remedies if none fits)."""
     first = Layout(config.mesh, config.accumulation, config.compute.remat)
@@ -52,7 +59,7 @@ def _plan(config: Config, workdir: epath.Path, console: Console, name: str, topo
         job = Job(
             model=preset(name), topology=topology, mesh=layout.mesh, rows=rows, seq_len=seq_len, accumulation=layout.accumulation,
             compute=dataclasses.replace(config.compute, remat=layout.remat), optimizer=config.optimizer, loss=config.loss,
-            options=config.options,
+            options=_options(config, topology),
         )  # fmt: skip
         what = f"{name} on {topology}, {rows} x {seq_len:,}, {layout}"
         with console.status(f"compiling {what}"):
@@ -74,7 +81,7 @@ def _compare(config: Config, workdir: epath.Path, console: Console, run: Publish
     job = Job(
         model=run.model, topology=run.topology, devices=run.devices, mesh=config.mesh, rows=run.rows, seq_len=run.seq_len,
         accumulation=run.accumulation, compute=dataclasses.replace(config.compute, remat=run.remat), optimizer=config.optimizer,
-        loss=config.loss, options=config.options,
+        loss=config.loss, options=_options(config, run.topology),
     )  # fmt: skip
     with console.status(f"compiling {run.name}"):
         figures = measure(job, workdir / CACHE, config.total_tokens, config.compile_seconds)

@@ -12,9 +12,8 @@ from lfm_jax.models import ComputeConfig, ModelConfig
 from lfm_jax.sharding import MeshConfig
 
 WHOLE, HALVES = MeshConfig(), MeshConfig(data=2)
-TINY = ModelConfig(
-    vocab_size=512, embed_dim=128, layer_types=("conv", "full_attention"), num_heads=2, num_kv_heads=1, head_dim=64, mlp_dim=256
-)
+# Convolutions alone: compiling attention's kernels takes longer than all else here.
+TINY = ModelConfig(vocab_size=512, embed_dim=128, layer_types=("conv",), num_heads=2, num_kv_heads=1, head_dim=64, mlp_dim=256)
 
 
 def config(**settings):
@@ -138,11 +137,10 @@ def test_a_small_run_from_shapes_to_tables(tmp_path):
     found, refused = results["published"]
     assert found["fits"] and found["accumulation"] == 1 and found["devices"] == 2
     assert found["argument_bytes"] < found["peak_bytes"] < found["capacity_bytes"]
-    assert 0 < found["mfu_share"] < found["mfu_full_square_share"] < 1
+    assert 0 < found["mfu_share"] <= found["mfu_full_square_share"] < 1
     assert found["estimate_over_measured"] == pytest.approx(found["tokens_per_second_per_chip"] / 1e5)
-    # The matmuls of three passes, with attention's full square and every row of the vocabulary.
-    square = found["model_flops_per_device"] * found["mfu_full_square_share"] / found["mfu_share"]
-    assert found["compiled_matmul_flops_per_device"] == pytest.approx(square, rel=0.15)
+    # The matmuls of three passes; the rest of the model's FLOPs are the convolution's.
+    assert found["compiled_matmul_flops_per_device"] == pytest.approx(found["model_flops_per_device"], rel=0.02)
     assert sum(row["seconds"] for row in found["breakdown"]) == pytest.approx(found["seconds_per_step"])
     assert {row["kernel"] for row in found["kernels"]} == {"short_conv", "short_conv_grad"}
     assert all(row["schedule_read"] and row["loops_matched"] for row in found["kernels"])

@@ -240,8 +240,9 @@ def test_bundles_are_a_tree_of_loops():
 
 def test_causal_blocks_that_are_empty_cost_nothing():
     kernel = lambda name, grid: kernels.Kernel(name, grid, (False,) * 3, 0, (), ())
-    assert kernels.live_share(kernel("splash_mha_fwd", (4, 4, 4))) == 10 / 16
-    assert kernels.live_share(kernel("splash_mha_fwd", (4, 2, 4))) == 6 / 8
+    assert kernels.live_share(kernel("splash_mha_fwd", (16, 4, 4))) == 10 / 16
+    assert kernels.live_share(kernel("splash_mha_dkv", (4, 16, 4))) == 10 / 16
+    assert kernels.live_share(kernel("splash_mha_fwd", (16, 4, 2))) == 1
     assert kernels.live_share(kernel("short_conv", (4, 4, 4))) == 1
 
 
