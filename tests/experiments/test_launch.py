@@ -28,7 +28,7 @@ SHELLCHECK = Path(sys.executable).parent / "shellcheck"
 IMAGE = "europe-docker.pkg.dev/project/images/lfm_jax:1"
 WORKDIR = "gs://bucket/runs/nano"
 # What a shell, a YAML reader and Kubernetes would each like to change.
-ARGUMENTS = ["--config=configs/pretrain.py:nano", f"--workdir={WORKDIR}", "--config.prompts=it's,\"a $HOME\",`b`, $(HOSTNAME) \\"]
+ARGUMENTS = ["--config=configs/pretrain.py:nano", f"--workdir={WORKDIR}", "--config.prompts=it's,\"$HOME\",`b`, $(HOSTNAME) $$ \\"]
 OPTIONS = [
     {"topology": "v5e:16x16"},
     {"topology": "v5p:8x8x8", "slices": 4, "queue": "research", "cluster": "pod", "service_account": "runner"},
@@ -117,6 +117,11 @@ def test_the_schema_refuses_what_the_cluster_would(path, value):
     assert list(validator("jobset").iter_errors(wrong))
 
 
+def expanded(text):
+    """As Kubernetes does: $(NAME) is the variable NAME, and $$ is $."""
+    return re.sub(r"\$\$|\$\(\w+\)", lambda match: "$" if match[0] == "$$" else "another text", text)
+
+
 @pytest.mark.parametrize("settings", OPTIONS)
 def test_a_jobset_asks_for_all_chips_of_all_slices_and_hands_the_command_on(settings):
     manifest, piece = jobset(**settings), parse_topology(settings["topology"])
@@ -129,7 +134,7 @@ def test_a_jobset_asks_for_all_chips_of_all_slices_and_hands_the_command_on(sett
     assert job["parallelism"] * container["resources"]["limits"]["google.com/tpu"] == piece.chips
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == piece.topology
     assert ("cloud.google.com/gke-spot" in pod["nodeSelector"]) == settings.get("spot", True)
-    assert [part.replace("$$(", "$(") for part in container["command"]] == ["python", "run.py", *ARGUMENTS]
+    assert [expanded(part) for part in container["command"]] == ["python", "run.py", *ARGUMENTS]
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     assert environment["JAX_COMPILATION_CACHE_DIR"] == "gs://bucket/compilation_cache"
     flags = flags_for(piece.generation, settings.get("slices", 1))
