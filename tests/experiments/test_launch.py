@@ -28,7 +28,8 @@ SHELLCHECK = Path(sys.executable).parent / "shellcheck"
 IMAGE = "europe-docker.pkg.dev/project/images/lfm_jax:1"
 WORKDIR = "gs://bucket/runs/nano"
 # What a shell, a YAML reader and Kubernetes would each like to change.
-ARGUMENTS = ["--config=configs/pretrain.py:nano", f"--workdir={WORKDIR}", "--config.prompts=it's,\"$HOME\",`b`, $(HOSTNAME) $$ \\"]
+PROMPTS = "--config.prompts=it's,\"$HOME\",`b`, $(HOSTNAME) $$ \\"
+ARGUMENTS = ["--config=configs/pretrain.py:nano", f"--workdir={WORKDIR}", PROMPTS]
 OPTIONS = [
     {"topology": "v5e:16x16"},
     {"topology": "v5p:8x8x8", "slices": 4, "queue": "research", "cluster": "pod", "service_account": "runner"},
