@@ -20,7 +20,10 @@ CACHE = "compiled"
 
 
 def main(config: Config, workdir: epath.Path) -> None:
-    """Writes results.json, pod_plan.md (the tables) and pod_plan.png. Compiled programs stay in the workdir, so a run resumes."""
+    """Writes results.json, pod_plan.md (the tables), pod_plan.png and, where slices differ in size, scale.png.
+
+    Compiled programs stay in the workdir, so a run resumes.
+    """
     console = Console()
     plans, trials, ladders = [], [], []
     for name in config.presets:
@@ -35,6 +38,7 @@ def main(config: Config, workdir: epath.Path) -> None:
     figures |= tables.headline(plans)
     (workdir / "pod_plan.md").write_text(tables.markdown(plans, trials, ladders, comparisons))
     tables.plot([*plans, *comparisons], workdir / "pod_plan.png")
+    tables.plot_scale(plans, workdir / "scale.png")
     write_results(workdir, figures, config)
     console.print(tables.NOTE)
 

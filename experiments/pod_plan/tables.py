@@ -9,9 +9,9 @@ from experiments.pod_plan.figures import totals
 from experiments.report import format_figure
 
 NOTE = (
-    "Every time here is an estimate from the compiled program; nothing ran. It counts the compiler's cycles, kernels' schedules "
-    "and bytes over published bandwidths, and leaves out stalls inside kernels, contention for HBM and links, the input "
-    "pipeline, checkpoints and failures: an optimist's figure. docs/benchmarks/pod_plan.md compares it with published runs."
+    "Every time here is an estimate from the compiled program; nothing ran. It adds up the compiler's counts of cycles, which "
+    "err both ways, kernels' schedules without stalls, and bytes over published bandwidths without contention. The input "
+    "pipeline, checkpoints and failures are left out. docs/benchmarks/pod_plan.md compares it with published runs."
 )
 _GIB = 2**30
 
@@ -141,3 +141,32 @@ def plot(rows: list[dict[str, Any]], path: epath.Path) -> None:
     time.invert_yaxis()
     with path.open("wb") as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def plot_scale(rows: list[dict[str, Any]], path: epath.Path) -> bool:
+    """Step time, interconnect bytes and compile time against devices, a line for each preset, chip and context.
+
+    Returns:
+      Whether there was something to draw: a line needs two slices.
+    """
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["seconds_per_step"] is not None:
+            name = f"{row['preset']} {row['topology'].partition(':')[0]} {row['seq_len']:,}"
+            lines.setdefault(name, []).append(row)
+    lines = {name: sorted(points, key=lambda row: row["devices"]) for name, points in lines.items() if len(points) > 1}
+    if not lines:
+        return False
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    quantities = {"seconds_per_step": "s a step", "interconnect_bytes": "bytes a device sends", "compile_seconds": "compiling, s"}
+    for axes, (key, label) in zip(figure.subplots(1, len(quantities)), quantities.items(), strict=True):
+        for name, points in lines.items():
+            axes.plot([row["devices"] for row in points], [row[key] for row in points], marker="o", label=name)
+        axes.set(xlabel="devices", ylabel=label, xscale="log", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=110)
+    return True

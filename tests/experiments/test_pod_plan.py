@@ -128,6 +128,16 @@ def _job():
     )  # fmt: skip
 
 
+def test_a_scale_needs_two_slices(tmp_path):
+    row = {"preset": "nano", "topology": "v5e:2x2", "seq_len": 512, "devices": 4, "seconds_per_step": 1.0}
+    row |= {"interconnect_bytes": 1e6, "compile_seconds": 60.0}
+    path = tmp_path / "scale.png"
+    assert not tables.plot_scale([row, row | {"topology": "v5e:4x4", "seconds_per_step": None}], path)
+    assert not path.exists()
+    assert tables.plot_scale([row, row | {"topology": "v5e:4x4", "devices": 16}], path)
+    assert path.stat().st_size > 10_000
+
+
 def test_a_small_run_from_shapes_to_tables(tmp_path):
     pytest.importorskip("libtpu")
     run = {"source": "none", "model": TINY, "topology": "v5e:2x2", "devices": 2, "seq_len": 256, "tokens_per_second": 1e5}
