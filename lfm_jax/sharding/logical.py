@@ -19,26 +19,53 @@ PARAMETER_RULES: Rules = {**_BY_TENSOR, "expert": ("expert",), "embed": ("fsdp",
 ACTIVATION_RULES: Rules = {**_BY_TENSOR, "expert": ("expert",), "batch": ("data", "fsdp", "expert"), "seq": ("context",)}
 
 
-def _spec(axes: LogicalAxes, rules: Rules, mesh, shape: Sequence[int] | None) -> PartitionSpec:
-    """Each axis of an array over the mesh axes that the table gives it, as far as they divide its length.
+def _split(axes: LogicalAxes, rules: Rules, mesh, shape: Sequence[int] | None) -> list[tuple[list[str], list[str]]]:
+    """For each axis of an array, (the mesh axes that are to split it, those of them that do).
 
-    A mesh axis splits one axis of an array: the first that names it. Those of one device split nothing and are left out.
+    They do as far as they divide its length. A mesh axis splits one axis of an array: the first that names it. Those of one
+    device split nothing and are left out, as are those that an enclosing shard_map has split along already.
     """
-    entries, used = [], set()
+    found: list[tuple[list[str], list[str]]] = []
     for index, name in enumerate(axes):
+        used = {axis for _, chosen in found for axis in chosen}
+        wanted = [axis for axis in rules.get(name, ()) if mesh.shape[axis] > 1 and axis not in {*used, *mesh.manual_axes}]
         chosen: list[str] = []
-        for axis in rules.get(name, ()):
+        for axis in wanted:
             parts = math.prod(mesh.shape[other] for other in (*chosen, axis))
-            if mesh.shape[axis] > 1 and axis not in used and (shape is None or shape[index] % parts == 0):
+            if shape is None or shape[index] % parts == 0:
                 chosen.append(axis)
-        used.update(chosen)
-        entries.append(tuple(chosen) if len(chosen) > 1 else next(iter(chosen), None))
-    return PartitionSpec(*entries)
+        found.append((wanted, chosen))
+    return found
+
+
+def _spec(axes: LogicalAxes, rules: Rules, mesh, shape: Sequence[int] | None) -> PartitionSpec:
+    entries = [chosen for _, chosen in _split(axes, rules, mesh, shape)]
+    return PartitionSpec(*(tuple(chosen) if len(chosen) > 1 else next(iter(chosen), None) for chosen in entries))
 
 
 def parameter_sharding(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int]) -> NamedSharding:
     """The sharding of a parameter (or an optimizer moment of its shape)."""
     return NamedSharding(mesh, _spec(axes, PARAMETER_RULES, mesh, shape))
+
+
+def check_split(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int], array: str) -> None:
+    """Refuses a mesh that leaves an axis of a parameter whole which it is meant to split: every device would hold all of it.
+
+    Heads of keys may be fewer than the devices that share those of queries: these then get copies.
+
+    Args:
+      array: the parameter's name, for the message.
+    Raises:
+      ValueError: the mesh axes do not divide the length.
+    """
+    for name, length, (wanted, chosen) in zip(axes, shape, _split(axes, PARAMETER_RULES, mesh, shape), strict=True):
+        if wanted != chosen and name != "kv_heads":
+            parts = math.prod(mesh.shape[axis] for axis in wanted)
+            product = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in wanted)
+            raise ValueError(
+                f"{product} does not divide {name} = {length} of {array}; together they may be {math.gcd(length, parts)}, and "
+                "data takes the devices that are left"
+            )
 
 
 def activation_sharding(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int] | None = None) -> NamedSharding:
@@ -112,6 +139,7 @@ def map_shards(function: Callable, arguments: Sequence[jax.Array], in_axes: Sequ
         mesh=mesh,
         in_specs=tuple(spec(axes) for axes in in_axes),
         out_specs=jax.tree.map(spec, out_axes, is_leaf=is_axes),
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         check_vma=False,
     )
     return mapped(*arguments)

@@ -7,12 +7,13 @@ from lfm_jax.training.metrics import MetricsWriter, read_metrics
 from lfm_jax.training.objective import Batch, LossConfig, Objective, Sums, next_token_objective
 from lfm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from lfm_jax.training.schedule import ScheduleConfig, make_schedule
-from lfm_jax.training.state import TrainState, abstract_state, init_state
+from lfm_jax.training.state import TrainState, abstract_state, check_mesh, init_state
 from lfm_jax.training.step import check_rows, host_part, make_eval_step, make_train_step, place_batch
 
 __all__ = [
     "Batch", "BatchIterator", "CheckpointError", "CheckpointWarning", "Checkpoints", "Interrupted", "LossConfig", "MetricsWriter",
     "Objective", "OptimizerConfig", "ScheduleConfig", "Sums", "Totals", "TrainConfig", "TrainState", "Trained",
-    "TrainingDiverged", "abstract_state", "check_rows", "evaluate_loss", "host_part", "init_state", "make_eval_step",
-    "make_optimizer", "make_schedule", "make_train_step", "next_token_objective", "place_batch", "read_metrics", "train",
+    "TrainingDiverged", "abstract_state", "check_mesh", "check_rows", "evaluate_loss", "host_part", "init_state",
+    "make_eval_step", "make_optimizer", "make_schedule", "make_train_step", "next_token_objective", "place_batch", "read_metrics",
+    "train",
 ]

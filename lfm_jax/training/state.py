@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lfm_jax.models import FunctionalModel
 from lfm_jax.models.functional import Tree
-from lfm_jax.sharding import parameter_sharding
+from lfm_jax.sharding import check_split, parameter_sharding
 
 
 class TrainState(NamedTuple):
@@ -64,6 +64,14 @@ def abstract_state(functions: FunctionalModel, optimizer: optax.GradientTransfor
         buffers=jax.tree.map(place, functions.abstract_buffers, functions.buffer_axes),
         opt_state=opt_state,
     )
+
+
+def check_mesh(functions: FunctionalModel, mesh: Mesh) -> None:
+    """Raises ValueError if the mesh leaves a parameter whole that it is meant to split (see `check_split`)."""
+    axes = jax.tree.leaves(functions.param_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    leaves = jax.tree_util.tree_leaves_with_path(functions.abstract_params)
+    for (path, leaf), names in zip(leaves, axes, strict=True):
+        check_split(mesh, names, leaf.shape, jax.tree_util.keystr(path, simple=True, separator="."))
 
 
 def state_shardings(functions: FunctionalModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from lfm_jax.models import FunctionalModel
 from lfm_jax.models.functional import Tree
@@ -57,13 +57,16 @@ def make_train_step(
 
     def micro_gradient(params: Tree, buffers: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Sums]:
         gradient, sums = jax.grad(summed_loss, has_aux=True)(params, buffers, batch, key)
-        return jax.lax.with_sharding_constraint(gradient, shardings.params), sums
+        return jax.lax.with_sharding_constraint(gradient, jax.tree.map(lambda own: own.spec, shardings.params)), sums
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             key = jax.random.fold_in(random_key(seed, Purpose.STEP), state.step)
             check_rows(batch["tokens"].shape[0], accumulation, mesh)
-            gradient, sums = _accumulated(micro_gradient, state, batch, key, accumulation)
+            accumulated = functools.partial(_accumulated, micro_gradient, accumulation)
+            if accumulation > 1 and mesh.shape["data"] > 1:
+                accumulated = _on_replicas(accumulated)
+            gradient, sums = accumulated(state.params, state.buffers, batch, key)
             return _updated(optimizer, state, gradient, sums, expert_bias_rate)
 
     return jax.jit(
@@ -135,13 +138,31 @@ def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
         )
 
 
-def _accumulated(micro_gradient: Callable, state: TrainState, batch: Batch, key: jax.Array, accumulation: int):
+def _on_replicas(accumulated: Callable) -> Callable:
+    """Lets each replica (mesh axis `data`) add up its own micro-batches, and sums over the replicas once, at the end.
+
+    Left to itself, XLA would make each micro-batch's gradient that of all replicas, with an all-reduce for each of them.
+    """
+
+    def on_replica(params: Tree, buffers: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Sums]:
+        key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+        return jax.lax.psum(accumulated(params, buffers, batch, key), "data")
+
+    whole, rows = PartitionSpec(), PartitionSpec("data")
+    return jax.shard_map(
+        on_replica, in_specs=(whole, whole, rows, whole), out_specs=whole, axis_names={"data"}, check_vma=False
+    )  # fmt: skip
+
+
+def _accumulated(
+    micro_gradient: Callable, accumulation: int, params: Tree, buffers: Tree, batch: Batch, key: jax.Array
+) -> tuple[Tree, Sums]:
     """Gradient of the summed loss, and the sums, over the whole batch; micro-batch m has every accumulation-th row from m on.
 
     With that stride the rows of a micro-batch are spread over the devices as those of the batch are, and none moves.
     """
     if accumulation == 1:
-        return micro_gradient(state.params, state.buffers, batch, key)
+        return micro_gradient(params, buffers, batch, key)
 
     def deal(rows: jax.Array) -> jax.Array:
         micro = jnp.moveaxis(rows.reshape(-1, accumulation, *rows.shape[1:]), 1, 0)
@@ -149,12 +170,12 @@ def _accumulated(micro_gradient: Callable, state: TrainState, batch: Batch, key:
 
     def add(total, numbered):
         number, micro = numbered
-        found = micro_gradient(state.params, state.buffers, micro, jax.random.fold_in(key, number))
+        found = micro_gradient(params, buffers, micro, jax.random.fold_in(key, number))
         return jax.tree.map(jnp.add, total, found), None
 
     micro_batches = jnp.arange(accumulation), jax.tree.map(deal, batch)
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
-    shapes = jax.eval_shape(lambda: micro_gradient(state.params, state.buffers, first[1], key))
+    shapes = jax.eval_shape(lambda: micro_gradient(params, buffers, first[1], key))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add, zeros, micro_batches)[0]
 

@@ -1,5 +1,6 @@
 """Shapes and shardings of the training state, for models of every size, and the arrays that are made from them."""
 
+import dataclasses
 import math
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from lfm_jax.models import PRESETS, ComputeConfig, Decoder, ModelConfig, MoEConfig, functional
 from lfm_jax.sharding import MeshConfig, make_mesh
-from lfm_jax.training import OptimizerConfig, abstract_state, init_state, make_optimizer
+from lfm_jax.training import OptimizerConfig, abstract_state, check_mesh, init_state, make_optimizer
 
 TINY = ModelConfig(
     vocab_size=64, embed_dim=16, layer_types=("conv", "full_attention"), num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24,
@@ -82,6 +83,24 @@ def test_experts_are_split_over_expert_and_everything_else_over_context_and_expe
     assert layer["moe"]["gate"].sharding.spec == PartitionSpec("expert", ("fsdp", "context"), None)
     assert layer["moe"]["router"].sharding.spec == PartitionSpec(("fsdp", "context", "expert"), None)
     assert layer["operator"]["q_proj"].sharding.spec == PartitionSpec(("fsdp", "context", "expert"), None, None)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (MeshConfig(fsdp=1, tensor=8), r"tensor=8 does not divide heads = 4 of layers.0.*; together they may be 4, and data"),
+        (MeshConfig(fsdp=1, expert=8), r"expert=8 does not divide expert = 4 of layers.1.moe.*; together they may be 4,"),
+        (MeshConfig(data=1, fsdp=4, context=2), None),
+        (MeshConfig(fsdp=2, tensor=4), None),  # two heads of keys: every pair of devices has a copy of one
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_refused(config, message):
+    functions = _functions(dataclasses.replace(TINY, layer_types=("full_attention", "conv")))
+    if message is None:
+        check_mesh(functions, make_mesh(config))
+        return
+    with pytest.raises(ValueError, match=message):
+        check_mesh(functions, make_mesh(config))
 
 
 class Draw(nnx.Module):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,7 @@ MOE = dataclasses.replace(DENSE, moe=MoEConfig(num_experts=4, experts_per_token=
 CONFIGS = {"dense": DENSE, "lfm3": LFM3, "moe": MOE}
 MESHES = {
     "one device": MeshConfig(data=1, fsdp=1, tensor=1),
+    "replicas": MeshConfig(data=4, fsdp=1),
     "data": MeshConfig(data=8, fsdp=1),
     "fsdp": MeshConfig(fsdp=8),
     "tensor": MeshConfig(fsdp=1, tensor=8),
@@ -78,8 +81,7 @@ def _placed(seed, mesh):
 def _parts(name, mesh_name, remat="none"):
     """(functions, optimizer, objective, mesh)"""
     functions = functional(lambda rngs: Decoder(CONFIGS[name], ComputeConfig(remat=remat), rngs=rngs))
-    devices = jax.devices()[:1] if mesh_name == "one device" else jax.devices()
-    mesh = make_mesh(MESHES[mesh_name], devices)
+    mesh = make_mesh(MESHES[mesh_name], jax.devices()[: math.prod(dataclasses.astuple(MESHES[mesh_name]))])
     return functions, make_optimizer(OPTIMIZER, 100), next_token_objective(LossConfig(z_loss=1e-2, block=8)), mesh
 
 
@@ -143,6 +145,17 @@ def _assert_same(ours, theirs):
 )
 def test_two_steps_on_eight_devices_equal_those_on_one(name, mesh_name):
     _assert_same(_trained(name, mesh_name), _trained(name, "one device"))
+
+
+def test_replicas_are_summed_once_a_step_whatever_the_accumulation():
+    """What the loop over micro-batches reduces it reduces over groups of one device each; all four meet outside of it, once."""
+    _assert_same(_trained("dense", "replicas", 2), _trained("dense", "one device"))
+    computations = _step("dense", "replicas", 2).as_text().split("\n\n")
+    (entry,) = (text for text in computations if text.startswith("ENTRY"))
+    loops = [text for text in computations if text is not entry]
+    groups = lambda text: re.findall(r" all-reduce\(.*replica_groups=(\S+), use", text)
+    assert " while(" in entry and groups(entry) in (["{{0,1,2,3}}"], ["[1,4]<=[4]"])
+    assert {group for text in loops for group in groups(text)} <= {"{{0},{1},{2},{3}}"}
 
 
 @pytest.mark.parametrize(
