@@ -63,7 +63,7 @@ _PUBLISHED = (
 def _one(name: str) -> dict[str, Any]:
     recipe = pretrain.get_config(name)
     tokens = recipe.loader.batch_size * recipe.loader.seq_len
-    meshes = [{"data": -1, "fsdp": 1}, {"data": 4}, {"tensor": 2}]
+    meshes = [{"data": -1, "fsdp": 1}, {"data": 2 if name in SMALL else 16}, {"tensor": 2}]
     if preset(name).moe is not None:
         meshes.append({"expert": 8})
     return {

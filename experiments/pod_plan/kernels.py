@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.tpu_compiler import ROOT
-from experiments.pod_plan.hlo import VMEM, Array, Computation, Instruction
+from experiments.pod_plan.hlo import VMEM, Array, Computation, Instruction, parse_arrays
 from experiments.pod_plan.processes import run_module
 from lfm_jax.sharding.chips import Chip
 
@@ -29,9 +29,9 @@ _DUMPED = "ffi_call"  # what XLA names the instruction, and with it the dump
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """moves: times that the pipeline fetches or stores a block; block: its shape."""
+    """axes: of the grid, on which the index of the block depends; block: its shape."""
 
-    moves: int
+    axes: tuple[int, ...]
     block: tuple[int, ...]
 
 
@@ -56,13 +56,15 @@ class Bundles:
 class Kernel:
     """A Mosaic kernel as its body describes it.
 
-    grid: steps along each axis; parallel: which of the axes two cores may share.
+    grid: steps along each axis; parallel: which of the axes two cores may share; ragged: an axis is as long as data says, and its
+    bound is given here.
     prefetched: operands before those with a window; windows: by operand and then by result, None where the kernel copies itself.
     """
 
     name: str
     grid: tuple[int, ...]
     parallel: tuple[bool, ...]
+    ragged: bool
     prefetched: int
     windows: tuple[Window | None, ...]
     loops: tuple[Loop, ...]
@@ -78,25 +80,34 @@ def is_kernel(instruction: Instruction) -> bool:
 
 
 def read_kernel(instruction: Instruction) -> Kernel:
-    """Decodes the body of a kernel's call."""
+    """Decodes the body of a kernel's call; of one that MLIR does not understand only the name is known."""
     from jax.experimental.mosaic.dialects import tpu
     from jax.extend.mlir import ir
+    from jax.interpreters import mlir
 
-    context = ir.Context()
+    context = mlir.make_ir_context()
     context.allow_unregistered_dialects = True
     tpu.register_dialect(context)
     with context:
-        module = ir.Module.parse(base64.b64decode(instruction.config["custom_call_config"]["body"]))
+        try:
+            module = ir.Module.parse(base64.b64decode(instruction.config["custom_call_config"]["body"]))
+        except ir.MLIRError:
+            return Kernel(instruction.name, (), (), False, 0, (), ())
         functions = {operation.attributes["sym_name"].value: operation for operation in module.body.operations}
         main = module.body.operations[0]
         attributes = main.attributes
-        grid = tuple(attributes["iteration_bounds"]) if "iteration_bounds" in attributes else ()
+        bounds = tuple(attributes["iteration_bounds"]) if "iteration_bounds" in attributes else ()
+        # What an axis of unknown length walks over is a table among the operands, which is no shorter.
+        tables = [math.prod(array.shape) for array in parse_arrays(instruction.attribute("operand_layout_constraints") or "")
+                  if array.dtype == "s32" and len(array.shape) == 1]  # fmt: skip
+        grid = tuple(max(tables, default=1) if bound < 0 else bound for bound in bounds)
         semantics = attributes["dimension_semantics"] if "dimension_semantics" in attributes else ["arbitrary"] * len(grid)
         windows = attributes["window_params"] if "window_params" in attributes else []
         return Kernel(
             name=attributes["sym_name"].value,
             grid=grid,
             parallel=tuple("parallel" in str(each) for each in semantics),
+            ragged=grid != bounds,
             prefetched=attributes["scalar_prefetch"].value if "scalar_prefetch" in attributes else 0,
             windows=tuple(_window(window, functions, grid) for window in windows),
             loops=_loops(main.regions[0].blocks[0]),
@@ -108,7 +119,7 @@ def _window(attributes: Any, functions: dict[str, Any], grid: tuple[int, ...]) -
         return None
     transform = functions[str(attributes["transform_indices"]).removeprefix("@")]
     used = _grid_axes(transform.regions[0].blocks[0], len(grid))
-    return Window(math.prod(grid[: max(used) + 1]) if used else 1, tuple(attributes["window_bounds"]))
+    return Window(tuple(sorted(used)), tuple(attributes["window_bounds"]))
 
 
 def _grid_axes(block: Any, axes: int) -> set[int]:
@@ -241,16 +252,20 @@ def memory_bytes(kernel: Kernel, computation: Computation, call: Instruction) ->
     estimate = float(call.config["custom_call_config"].get("cost_estimate", {}).get("bytes_accessed", 0))
     if len(arrays) != len(kernel.windows) or None in kernel.windows:
         return max(estimate, sum(array.bytes for array in arrays if array.space != VMEM))
-    share = live_share(kernel)
-    return sum(_moved(array, window, share) for array, window in zip(arrays, kernel.windows, strict=True) if array.space != VMEM)
+    return sum(_moved(kernel, array, window) for array, window in zip(arrays, kernel.windows, strict=True) if array.space != VMEM)
 
 
-def _moved(array: Array, window: Window, share: float) -> float:
+def _moved(kernel: Kernel, array: Array, window: Window) -> float:
+    """A block is moved when its index changes from one grid step to the next."""
     if len(window.block) != len(array.shape):
         return array.bytes
     size = math.prod(min(max(1, bound), extent) for bound, extent in zip(window.block, array.shape, strict=True))
-    moved = window.moves * size * array.bytes / max(1, math.prod(array.shape))
-    return moved * share if moved > array.bytes else moved
+    walked = kernel.grid[: max(window.axes) + 1] if window.axes else ()
+    moved = math.prod(walked) * size * array.bytes / max(1, math.prod(array.shape))
+    if kernel.ragged:  # steps of one group share a block: each is moved once for every pass over the axes it does not depend on
+        passes = math.prod(steps for axis, steps in enumerate(walked) if axis not in window.axes)
+        return min(moved, passes * array.bytes)
+    return moved * live_share(kernel) if moved > array.bytes else moved
 
 
 def fingerprint(call: Instruction, topology: str) -> str:
@@ -263,9 +278,7 @@ def fingerprint(call: Instruction, topology: str) -> str:
 def measure(computation: Computation, call: Instruction, chip: Chip, seconds: float) -> Bundles | None:
     """The kernel's final schedule, by compiling it alone in a process of its own; None where that fails or takes too long."""
     config = {key: call.config[key] for key in ("custom_call_config", "scoped_memory_configs") if key in call.config}
-    numbers = re.findall(r"(\w+)\[([\d,]*)\]", call.attribute("operand_layout_constraints") or "")
     operands = [computation.instructions[name].arrays[0] for name in call.operands]
-    assert len(numbers) == len(operands)
     job = {
         "topology": chip.topology,
         "operands": [(_numpy_type(each.dtype), each.shape) for each in operands],

@@ -1,5 +1,6 @@
 """What the planner reads from compiled programs: against closed forms, on small programs that the TPU compiler compiled."""
 
+import dataclasses
 import functools
 
 import jax
@@ -201,6 +202,8 @@ def test_a_kernel_is_read_from_its_body():
     ((computation, call),) = [
         (computation, each) for computation in program.computations.values() for each in computation if kernels.is_kernel(each)
     ]
+    unreadable = call.rest.replace('"body":"', '"body":"AAAA')
+    assert kernels.read_kernel(dataclasses.replace(call, rest=unreadable)).windows == ()
     kernel = kernels.read_kernel(call)
     plan = short_conv_tpu.make_plan(arguments[0], width, biased=False, segmented=False, backward=False)
     assert kernel.name == "short_conv"
@@ -230,16 +233,34 @@ def test_bundles_are_a_tree_of_loops():
 """
     inner = kernels.Bundles(3, ()), kernels.Bundles(1, ())
     assert kernels.parse_bundles(text) == kernels.Bundles(2, (kernels.Bundles(4, inner),))
-    kernel = kernels.Kernel("a", (5, 2), (True, False), 0, (), (kernels.Loop(10, ()), kernels.Loop(20, ())))
+    kernel = kernels.Kernel("a", (5, 2), (True, False), False, 0, (), (kernels.Loop(10, ()), kernels.Loop(20, ())))
     assert kernels.compute_cycles(kernel, kernels.parse_bundles(text)) == (2 + 10 * (4 + 30 + 20), True)
     assert kernels.compute_cycles(kernel, kernels.parse_bundles(text), cores=2) == (2 + 6 * (4 + 30 + 20), True)
     longest = 2 + 10 * (4 + 20 * 3 + 20)
-    unmatched = kernels.Kernel("a", (5, 2), (True, False), 0, (), (kernels.Loop(20, ()),))
+    unmatched = kernels.Kernel("a", (5, 2), (True, False), False, 0, (), (kernels.Loop(20, ()),))
     assert kernels.compute_cycles(unmatched, kernels.parse_bundles(text)) == (longest, False)
 
 
+def test_a_grouped_matmul_reads_each_expert_once():
+    """XLA's ragged dot: a grid as long as data says, 8 groups of 2,048 rows."""
+    rows, experts, width, out = 2048, 8, 256, 512
+    program = Program(
+        compiled(jax.lax.ragged_dot, lone((rows, width)), lone((experts, width, out)), lone((experts,), jnp.int32)).as_text()
+    )
+    calls = ((computation, each) for computation in program.computations.values() for each in computation)
+    moved = {}
+    for computation, call in calls:
+        if not kernels.is_kernel(call):
+            continue
+        kernel = kernels.read_kernel(call)
+        moved[kernel.ragged] = kernels.memory_bytes(kernel, computation, call)
+        if kernel.ragged:
+            assert rows / 128 <= kernel.steps <= (rows / 128 + experts) * (out / 128)
+    assert moved[True] <= 2 * (rows * (width * (out / 128) + out) + experts * width * out)
+
+
 def test_causal_blocks_that_are_empty_cost_nothing():
-    kernel = lambda name, grid: kernels.Kernel(name, grid, (False,) * 3, 0, (), ())
+    kernel = lambda name, grid: kernels.Kernel(name, grid, (False,) * 3, False, 0, (), ())
     assert kernels.live_share(kernel("splash_mha_fwd", (16, 4, 4))) == 10 / 16
     assert kernels.live_share(kernel("splash_mha_dkv", (4, 16, 4))) == 10 / 16
     assert kernels.live_share(kernel("splash_mha_fwd", (16, 4, 2))) == 1
