@@ -28,7 +28,7 @@ from experiments.stages import (
     model_functions,
     write_model_config,
 )  # fmt: skip
-from lfm_jax.configuration import ConfigError, to_mapping
+from lfm_jax.configuration import ConfigError, mistakes_in, to_mapping
 from lfm_jax.generation import SamplingConfig, generate
 from lfm_jax.models import ComputeConfig, ModelConfig
 from lfm_jax.models.accounting import parameter_groups, training_flops_per_token
@@ -37,6 +37,7 @@ from lfm_jax.training import (
     LossConfig,
     OptimizerConfig,
     TrainConfig,
+    check_mesh,
     host_part,
     make_optimizer,
     make_schedule,
@@ -93,6 +94,8 @@ def main(config: Config, workdir: epath.Path) -> None:
     model = fit_vocabulary(_architecture(config, before), tokenizer)
     write_model_config(workdir, model)
     functions = model_functions(model, config.compute)
+    with mistakes_in("mesh"):
+        check_mesh(functions, mesh)
     index, count = host_part(mesh)
     batches = training_batches(shards["train"], config.loader, tokenizer, process_index=index, process_count=count)
     if config.train.steps > len(batches):
