@@ -73,6 +73,18 @@ def export_and_check(config: ExportConfig, stage: Stage, workdir: epath.Path) ->
     return {"exports": rows, "hf_greedy_agrees": agrees, "hf_logit_difference": difference}
 
 
+def quiet_transformers() -> None:
+    """Imports transformers and PyTorch without what they say of kernels for other hardware, and without their progress bars."""
+    import torch  # noqa: F401 (it sets its loggers when it is imported)
+
+    for library in ("torch.utils", "torchao"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
 def _generation(tokenizer: Tokenizer) -> GenerationSettings:
     return GenerationSettings(bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id)
 
@@ -81,15 +93,10 @@ def _compare(config: ExportConfig, stage: Stage, folder: epath.Path) -> tuple[bo
     installed = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     if not installed or config.check_tokens == 0:
         return None, None
+    quiet_transformers()
     import torch
-
-    for library in ("torch.utils", "torchao"):  # as transformers imports them, they warn of kernels for other hardware
-        logging.getLogger(library).setLevel(logging.ERROR)
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     # Both sides compute in float32 from the weights as they were written.
     rounded = jax.tree.map(lambda leaf: leaf.astype(config.dtype).astype(jnp.float32), stage.params)
     functions = model_functions(stage.config, ComputeConfig(dtype="float32"))

@@ -48,7 +48,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         rest = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = max(1, len(devices) // rest)
     if math.prod(sizes) != len(devices):
-        shape = " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+        shape = " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True) if size > 1) or "of one"
         raise ValueError(
             f"mesh {shape} needs {math.prod(sizes)} devices, {len(devices)} are there; "
             f"set one axis to -1 and let the others divide {len(devices)}"
