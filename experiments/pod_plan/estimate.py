@@ -106,6 +106,8 @@ class _Clock:
             self._add(max((self.player.run(branch) for branch in self.program.branches(instruction)), key=lambda run: run[0]))
         elif opcode == "call":
             self._add(self.player.run(self.program.called(instruction, "to_apply")))
+        elif opcode == "async-update":
+            self.finish[instruction.name] = self.finish.pop(instruction.operands[0], (0.0, ""))
         elif opcode.endswith("-done"):
             self._wait(instruction)
         elif opcode.endswith("-start"):
