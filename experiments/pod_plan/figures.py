@@ -100,6 +100,7 @@ def _tables(estimated: Estimate, times: KernelTimes) -> dict[str, Any]:
         ],
         "collectives": [{"kind": kind, **figures} for kind, figures in estimated.collectives.items()],
         "kernels": list(times.rows.values()),
+        "kernels_without_schedule": sum(not row["schedule_read"] for row in times.rows.values()),
     }
 
 

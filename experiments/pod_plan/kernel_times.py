@@ -55,9 +55,11 @@ class KernelTimes:
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             measured = kernels.measure(computation, call, self.chip, self.seconds)
-            write_json(path, None if measured is None else dataclasses.asdict(measured))
+            if measured is None:  # not kept: the next run tries again
+                return None
+            write_json(path, dataclasses.asdict(measured))
         return _bundles(json.loads(path.read_text()))
 
 
-def _bundles(node: dict | None) -> Bundles | None:
-    return None if node is None else Bundles(node["own"], tuple(map(_bundles, node["loops"])))
+def _bundles(node: dict) -> Bundles:
+    return Bundles(node["own"], tuple(map(_bundles, node["loops"])))

@@ -25,6 +25,8 @@ from lfm_jax.sharding.chips import Chip
 TARGET = "tpu_custom_call"
 _NUMPY_TYPES = {"pred": "bool", "bf16": "bfloat16", "f16": "float16", "s": "int", "u": "uint", "f": "float"}
 _DUMPED = "ffi_call"  # what XLA names the instruction, and with it the dump
+# In its program a kernel may find operands in VMEM; alone it needs room for their blocks.
+_VMEM_KIB = 64 * 2**10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,7 +318,8 @@ def _compile_alone(job: dict[str, Any]) -> None:
     call = jax.ffi.ffi_call(
         TARGET, results, custom_call_api_version=1, legacy_backend_config=json.dumps(job["config"]), has_side_effect=True
     )
-    aot.compile_for(lambda *operands: call(*operands), [array(*each) for each in job["operands"]])
+    operands = [array(*each) for each in job["operands"]]
+    aot.compile_for(lambda *operands: call(*operands), operands, {"xla_tpu_scoped_vmem_limit_kib": str(_VMEM_KIB)})
 
 
 if __name__ == "__main__":
