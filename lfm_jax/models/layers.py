@@ -80,6 +80,26 @@ class RMSNorm(nnx.Module):
         return (wide * scale).astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _look_up(table: jax.Array, tokens: Tokens, dtype: jnp.dtype) -> Hidden:
+    """Rows of the table in another type. Their gradients are added up in the table's own: of a frequent token there are
+    thousands, and a sum in bfloat16 stands still at 256 times what it adds."""
+    # Whole rows are looked up: the features of a row are on other devices than the tokens that want it.
+    return constrain(table.astype(dtype), ("vocab", None))[tokens]
+
+
+def _look_up_forward(table: jax.Array, tokens: Tokens, dtype: jnp.dtype):
+    return _look_up(table, tokens, dtype), (table, tokens)
+
+
+def _look_up_backward(dtype: jnp.dtype, saved: tuple[jax.Array, Tokens], gradient: Hidden):
+    table, tokens = saved
+    return jnp.zeros_like(table).at[tokens].add(gradient.astype(table.dtype)), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 class Embedding(nnx.Module):
     """The table from token ids to the residual stream; tied models use it for the logits as well."""
 
@@ -89,9 +109,7 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: Tokens) -> Hidden:
-        # Whole rows are looked up: the features of a row are on other devices than the tokens that want it.
-        table = constrain(self.embedding[...].astype(self.dtype), ("vocab", None))
-        return constrain(table[tokens], ("batch", "seq", None))
+        return constrain(_look_up(self.embedding[...], tokens, self.dtype), ("batch", "seq", None))
 
 
 class MLP(nnx.Module):

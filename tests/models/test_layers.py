@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from lfm_jax.models.config import RopeConfig
-from lfm_jax.models.layers import RMSNorm, apply_rope, project, rope_phases
+from lfm_jax.models.layers import Embedding, RMSNorm, apply_rope, project, rope_phases
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,17 @@ def test_projection_and_its_gradients_equal_einsum(formula, x, weight, contracte
         assert ours.dtype == dtype, name
         tolerance = 1e-5 if dtype == jnp.float32 else 2**-8
         np.testing.assert_allclose(wide(ours), theirs, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def test_gradients_of_a_frequent_token_add_up_in_float32():
+    """A sum of ones in bfloat16 would end at 256."""
+    embedding = Embedding(8, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(embedding)
+    tokens = jnp.full((1, 4096), 3, jnp.int32)
+    out, transpose = jax.vjp(lambda params: nnx.merge(graph, params)(tokens), params)
+    np.testing.assert_array_equal(out[0, 0], embedding.embedding[...][3].astype(jnp.bfloat16))
+    gradient = transpose(jnp.ones_like(out))[0]["embedding"][...]
+    np.testing.assert_array_equal(gradient, 4096 * np.eye(8)[3][:, None] * np.ones(4))
 
 
 def _rotation_float64(x, positions, theta, fraction):
