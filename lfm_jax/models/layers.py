@@ -94,7 +94,8 @@ def _look_up_forward(table: jax.Array, tokens: Tokens, dtype: jnp.dtype):
 
 def _look_up_backward(dtype: jnp.dtype, saved: tuple[jax.Array, Tokens], gradient: Hidden):
     table, tokens = saved
-    return jnp.zeros_like(table).at[tokens].add(gradient.astype(table.dtype)), None
+    # Split as the rows were looked up; left to choose, XLA's partitioner fails inside a shard_map over another axis.
+    return constrain(jnp.zeros_like(table).at[tokens].add(gradient.astype(table.dtype)), ("vocab", None)), None
 
 
 _look_up.defvjp(_look_up_forward, _look_up_backward)
