@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lfm_jax.arrays import Hidden, Positions, Tokens
 from lfm_jax.models.config import ComputeConfig, RopeConfig
-from lfm_jax.sharding import constrain
+from lfm_jax.sharding import constrain, map_shards, shard_index, sum_shards
 
 
 def compute_dtype(compute: ComputeConfig) -> jnp.dtype:
@@ -80,12 +80,27 @@ class RMSNorm(nnx.Module):
         return (wide * scale).astype(x.dtype)
 
 
+def _rows(table: jax.Array, tokens: Tokens) -> Hidden:
+    """Rows of a table whose rows may be split over devices, whole ones: the device that has a row sends it to those who want it.
+
+    By hand, because XLA's partitioner fails on the scatter in the gradient (inside a shard_map over another axis).
+    """
+
+    def on_shard(part: jax.Array, tokens: Tokens) -> Hidden:
+        split = part.shape[0] < table.shape[0]
+        ids = tokens - shard_index("vocab") * part.shape[0] if split else tokens
+        here = (ids >= 0) & (ids < part.shape[0])
+        rows = jnp.where(here[:, :, None], part[jnp.where(here, ids, 0)], 0)
+        return sum_shards(rows, "vocab") if split else rows
+
+    return map_shards(on_shard, [table, tokens], [("vocab", None), ("batch", "seq")], ("batch", "seq", None))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _look_up(table: jax.Array, tokens: Tokens, dtype: jnp.dtype) -> Hidden:
     """Rows of the table in another type. Their gradients are added up in the table's own: of a frequent token there are
     thousands, and a sum in bfloat16 stands still at 256 times what it adds."""
-    # Whole rows are looked up: the features of a row are on other devices than the tokens that want it.
-    return constrain(table.astype(dtype), ("vocab", None))[tokens]
+    return _rows(table.astype(dtype), tokens)
 
 
 def _look_up_forward(table: jax.Array, tokens: Tokens, dtype: jnp.dtype):
@@ -94,8 +109,7 @@ def _look_up_forward(table: jax.Array, tokens: Tokens, dtype: jnp.dtype):
 
 def _look_up_backward(dtype: jnp.dtype, saved: tuple[jax.Array, Tokens], gradient: Hidden):
     table, tokens = saved
-    # Split as the rows were looked up; left to choose, XLA's partitioner fails inside a shard_map over another axis.
-    return constrain(jnp.zeros_like(table).at[tokens].add(gradient.astype(table.dtype)), ("vocab", None)), None
+    return *jax.linear_transpose(lambda table: _rows(table, tokens), table)(gradient.astype(table.dtype)), None
 
 
 _look_up.defvjp(_look_up_forward, _look_up_backward)
@@ -110,7 +124,7 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: Tokens) -> Hidden:
-        return constrain(_look_up(self.embedding[...], tokens, self.dtype), ("batch", "seq", None))
+        return _look_up(self.embedding[...], tokens, self.dtype)
 
 
 class MLP(nnx.Module):
