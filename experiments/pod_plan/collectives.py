@@ -14,8 +14,9 @@ from lfm_jax.sharding.chips import Chip
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 # One hop over a link takes about a microsecond (the scaling book, "TPUs").
 HOP_SECONDS = 1e-6
+# Devices are numbered along the mesh, unless a list of them follows: numbered in one shape, turned, read off in another.
 _MESH = re.compile(
-    r"mesh\[(?P<axes>[^\]]*)\](?:, device_ids=\(?\[[\d,]+\](?:<=\[(?P<order>[\d,]+)\])?(?:T\((?P<turned>[\d,]+)\))?\)?)? *"
+    r"mesh\[(?P<axes>[^\]]*)\](?:, device_ids=\((?:\[[\d,]+\]<=)?\[(?P<order>[\d,]+)\](?:T\((?P<turned>[\d,]+)\))?\))? *"
     r"\{(?P<over>[^}]*)\}"
 )
 # Between the two halves of a TPU v7 chip: six times a link (Cloud TPU documentation, TPU7x).
@@ -117,7 +118,7 @@ def measure(torus: Torus, computation: Computation, instruction: Instruction) ->
     size = sum(array.bytes for operand in operands for array in operand.arrays)
     if kind == "collective-permute":
         return _permutation(torus, instruction, size)
-    group = replica_groups(instruction.attribute("replica_groups") or "{}", len(torus.coordinates))[0]
+    group = replica_groups(_groups_text(instruction), len(torus.coordinates))[0]
     members = len(group)
     if members == 1:
         return Collective(kind, size, 1, 0, 0, "links")
@@ -129,6 +130,12 @@ def measure(torus: Torus, computation: Computation, instruction: Instruction) ->
         sent = size * {"all-gather": members, "all-reduce": 2, "reduce-scatter": 1}[kind] * share
         seconds, hops = sent / rate, hops * (2 if kind == "all-reduce" else 1)
     return Collective(kind, size, members, sent, seconds + hops * HOP_SECONDS, "links")
+
+
+def _groups_text(instruction: Instruction) -> str:
+    """The attribute's text; a mesh with a list of devices has commas in it."""
+    mesh = re.search(rf"replica_groups=({_MESH.pattern})", instruction.rest)
+    return mesh[1] if mesh else instruction.attribute("replica_groups") or "{}"
 
 
 def _permutation(torus: Torus, instruction: Instruction, size: float) -> Collective:

@@ -278,10 +278,24 @@ def test_causal_blocks_that_are_empty_cost_nothing():
         ("mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
         ("mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
         ("mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 2], [1, 3]]),
+        ("mesh['a'=4,'b'=1], device_ids=([4]<=[2,2]T(1,0)) {'a'}", [[0, 2, 1, 3]]),
     ],
 )
 def test_replica_groups(text, groups):
     assert collectives.replica_groups(text, 4) == groups
+
+
+def test_groups_are_read_from_an_instruction_whatever_follows():
+    """As XLA writes it: the list of devices has commas, and attributes come behind."""
+    line = (
+        "%g = bf16[8,4]{1,0} all-gather(%x), replica_groups=mesh['a'=1,'b'=2,'c'=2], device_ids=([2,2]T(1,0)) {'b'}, "
+        "dimensions={0}, use_global_device_ids=true"
+    )
+    text = collectives._groups_text(hlo.parse_instruction(line))
+    assert collectives.replica_groups(text, 4) == [[0, 1], [2, 3]]
+    plain = hlo.parse_instruction("%g = f32[4]{0} all-reduce(%x), replica_groups=[2,2]<=[4], to_apply=%add")
+    assert collectives.replica_groups(collectives._groups_text(plain), 4) == [[0, 1], [2, 3]]
 
 
 def test_unknown_replica_groups_are_refused():
