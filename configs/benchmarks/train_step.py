@@ -3,7 +3,7 @@
     python run.py --config=configs/benchmarks/train_step.py --workdir=workdirs/train_step
 
 Forward, backward, clipping and AdamW in float32 on a CPU: ours, transformers' Lfm2ForCausalLM as it is, and the same through
-torch.compile, in turns. Five minutes on two cores. Expect ours at 1.2 times transformers or more (docs/benchmarks/train_step.md).
+torch.compile, in turns. Five minutes on two cores. Expect ours at 1.2 times transformers or more.
 The argument names the preset, nano if there is none; needs the extra `export`.
 """
 
