@@ -25,8 +25,6 @@ from lfm_jax.models import PRESETS, ModelConfig, RopeConfig, preset
 from lfm_jax.sharding import MeshConfig
 
 SMALL = ("nano", "micro", "mini")
-# XLA's collective matmul cuts every product into as many loops' pieces as devices; MaxText and AXLearn switch it off as well.
-_OPTIONS = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)
 _LFM2_350M_TOKENS = 28 * 10**12  # of LFM2.5-350M
 
 
@@ -95,4 +93,4 @@ def get_config(argument: str = "lfm2_350m") -> ConfigDict:
     """The plan of an architecture, or one of the tables: all, scale, published."""
     name = argument or "lfm2_350m"
     settings = _TABLES[name] if name in _TABLES else _one(name)
-    return ConfigDict({"experiment": "pod_plan", "options": _OPTIONS, **settings})
+    return ConfigDict({"experiment": "pod_plan", **settings})

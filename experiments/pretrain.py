@@ -27,7 +27,7 @@ from experiments.stages import (
     mesh_for,
     model_functions,
     write_model_config,
-)  # fmt: skip
+)
 from lfm_jax.configuration import ConfigError, mistakes_in, to_mapping
 from lfm_jax.generation import SamplingConfig, generate
 from lfm_jax.models import ComputeConfig, ModelConfig

@@ -252,7 +252,7 @@ def test_everything_required_is_pinned_and_every_pin_is_a_version():
 
 def test_what_is_imported_is_required():
     """A package that the code imports is in setup.cfg: in the base, or in the extra whose tools the code needs."""
-    called = {"absl-py": "absl", "pytest-xdist": "xdist", "tensorflow-datasets": "tensorflow_datasets"}
+    called = {"absl-py": "absl", "pytest-xdist": "xdist", "pyyaml": "yaml", "tensorflow-datasets": "tensorflow_datasets"}
     known = {
         called.get(canonical(line), canonical(line).replace("-", "_")) for lines in requirements().values() for line in lines
     }

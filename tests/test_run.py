@@ -220,10 +220,14 @@ def test_of_several_processes_the_first_writes_config_json(calls, monkeypatch, t
     assert joined == [None] and (tmp_path / "out").is_dir() and not (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--list"], ["--help"], ["--describe", "--config=toy.py"], ["--config=toy.py"]])
-def test_what_runs_nothing_joins_nobody(calls, monkeypatch, arguments):
-    monkeypatch.setattr(distributed, "join", None)
-    run.main(arguments)
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--list"], 0), (["--help"], 0), (["--describe", "--config=toy.py"], 0), (["--config=toy.py"], 2)]
+)
+def test_what_runs_nothing_joins_nobody(calls, monkeypatch, arguments, code):
+    joined = []
+    monkeypatch.setattr(distributed, "join", lambda: joined.append(None) or 0)
+    assert run.main(arguments) == code
+    assert not joined and not calls
 
 
 @pytest.mark.parametrize(("error", "code"), [(ValueError("a bug"), 1), (ConfigError("a mistake"), 2), (SystemExit(75), 75)])

@@ -11,13 +11,12 @@ import itertools
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from experiments.benchmarks.processes import run_module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +43,12 @@ def measure(module: str, job: dict[str, Any]) -> dict[str, dict[str, Any]]:
     Raises:
       RuntimeError: the compilation failed; the text ends with the reason.
     """
-    from lfm_jax.sharding import aot
-
     with tempfile.TemporaryDirectory() as dump:
-        environment = os.environ | aot.ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-        if job.get("schedules"):
-            environment["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
-        command = [sys.executable, "-m", __name__, module, json.dumps(job), dump]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"compiling {job} failed:\n{result.stderr[-2000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
+        options = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"} if job.get("schedules") else None
+        try:
+            return run_module(__name__, {"module": module, "job": job, "dump": dump}, environment=options)
+        except RuntimeError as error:
+            raise RuntimeError(f"compiling {job} failed:\n{error}") from error
 
 
 def parse_schedule(text: str) -> Schedule:
@@ -154,4 +148,4 @@ def _worker(module: str, job: dict[str, Any], dump: str) -> dict[str, dict[str, 
 
 
 if __name__ == "__main__":
-    print(json.dumps(_worker(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])))
+    print(json.dumps(_worker(**json.load(sys.stdin))))

@@ -13,8 +13,7 @@ from typing import Any
 import zstandard
 from etils import epath
 
-from experiments.benchmarks.tpu_compiler import ROOT
-from experiments.pod_plan.processes import run_module
+from experiments.benchmarks.processes import ROOT, run_module
 from experiments.results import write_json
 from lfm_jax.configuration import from_mapping, to_mapping
 from lfm_jax.models import ComputeConfig, ModelConfig

@@ -17,9 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks.tpu_compiler import ROOT
+from experiments.benchmarks.processes import ROOT, run_module
 from experiments.pod_plan.hlo import VMEM, Array, Computation, Instruction, parse_arrays
-from experiments.pod_plan.processes import run_module
 from lfm_jax.sharding.chips import Chip
 
 TARGET = "tpu_custom_call"

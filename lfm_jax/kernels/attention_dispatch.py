@@ -5,7 +5,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lfm_jax.arrays import Mask, SegmentIds
 from lfm_jax.kernels.attention_reference import attention_reference
@@ -15,7 +14,6 @@ from lfm_jax.sharding import (
     dealt_order,
     in_sequence,
     map_shards,
-    sequence_shards,
     shard_count,
     shard_index,
     target_platform,
@@ -52,7 +50,7 @@ def attention(
     Raises:
       ValueError: "splash" for a shape that the kernel does not take.
     """
-    seq, head_dim, shards = query.shape[1], query.shape[3], sequence_shards()
+    seq, head_dim, shards = query.shape[1], query.shape[3], shard_count("seq")
     suits = seq % (LANES * shards) == 0 and head_dim % 64 == 0
     if implementation == "splash" and not suits:
         raise ValueError(
@@ -69,11 +67,8 @@ def attention(
     if segment_ids is not None:
         arguments += [segment_ids, in_sequence(constrain(segment_ids, ("batch", None)))]
         axes += [("batch", "seq"), ("batch", None)]
-    order = dealt_order(seq, shards)
-    compute = functools.partial(
-        _on_shard, order=np.arange(seq) if order is None else order, window=window, interpret=target_platform() != "tpu"
-    )
-    return map_shards(compute, arguments, axes, _QUERIES)
+    static = {"order": dealt_order(seq, shards), "window": window, "interpret": target_platform() != "tpu"}
+    return map_shards(functools.partial(_on_shard, **static), arguments, axes, _QUERIES)
 
 
 def _on_shard(query, key, value, query_segments=None, key_segments=None, **static) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from lfm_jax.arrays import SegmentIds
 from lfm_jax.kernels import short_conv_gpu, short_conv_tpu
 from lfm_jax.kernels.short_conv_reference import final_state, reference_backward, short_conv_reference, tap_visibility
-from lfm_jax.sharding import CHUNKS, SEQUENCE_AXIS, ends_before, map_shards, sequence_shards
+from lfm_jax.sharding import CHUNKS, ends_before, map_shards, shard_count, shard_index, sum_shards
 
 IMPLEMENTATIONS = ("auto", "pallas", "reference")
 
@@ -75,8 +75,8 @@ def _on_chunks(implementation, bcx, weight, bias, segment_ids):
         visibility = tap_visibility(segments.reshape(batch * CHUNKS, -1), initial_segment_ids, before + 1)
     y, final = _short_conv(implementation, rows, weight, bias, visibility, initial_state)
     last = final.reshape(batch, CHUNKS, before, channels)[:, -1]  # of the first device it is the sequence's
-    last = jnp.where(jax.lax.axis_index(SEQUENCE_AXIS) == 0, last, jnp.zeros_like(last))
-    return y.reshape(batch, seq, channels), jax.lax.psum(last, SEQUENCE_AXIS)
+    last = jnp.where(shard_index("seq") == 0, last, jnp.zeros_like(last))
+    return y.reshape(batch, seq, channels), sum_shards(last, "seq")
 
 
 def short_conv(
@@ -114,7 +114,8 @@ def short_conv(
     """
     _check(bcx, weight, bias, segment_ids, initial_state, initial_segment_ids, implementation)
     width, seq = weight.shape[0], bcx.shape[2]
-    chunks = CHUNKS * sequence_shards() if sequence_shards() > 1 and initial_state is None else 1
+    shards = shard_count("seq") if initial_state is None else 1
+    chunks = CHUNKS * shards if shards > 1 else 1
     if chunks > 1 and (seq % chunks or seq // chunks < width - 1):
         raise ValueError(f"a sequence of {seq} does not divide into {chunks} chunks of at least {width - 1} positions")
     if initial_state is not None:

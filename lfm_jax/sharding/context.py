@@ -12,24 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SEQUENCE_AXIS = "context"
+from lfm_jax.sharding.logical import gather_shards, shard_count, shard_index
+
 CHUNKS = 2  # of a sequence, on each device
 
 
-def sequence_shards() -> int:
-    """Over how many devices the enclosing mesh splits each sequence; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape.get(SEQUENCE_AXIS, 1)
-
-
-def dealt_order(seq: int, shards: int) -> np.ndarray | None:
-    """Which position of a sequence stands where in the order above: [seq] indices, to be used like `row[order]`; None: as it is.
+def dealt_order(seq: int, shards: int) -> np.ndarray:
+    """Which position of a sequence stands where in the order above: [seq] indices, to be used like `row[order]`.
 
     Raises:
       ValueError: the sequence does not divide into so many chunks.
     """
     if shards == 1:
-        return None
+        return np.arange(seq)
     if seq % (CHUNKS * shards):
         raise ValueError(
             f"a sequence of {seq} does not divide into {CHUNKS} chunks for each of context={shards} devices; make it a multiple "
@@ -41,7 +36,7 @@ def dealt_order(seq: int, shards: int) -> np.ndarray | None:
 
 def in_sequence(x: jax.Array) -> jax.Array:
     """[batch, seq, ...], whole on each device, from the order above to that of the sequence."""
-    shards = sequence_shards()
+    shards = shard_count("seq")
     if shards == 1:
         return x
     chunks = x.reshape(x.shape[0], shards, CHUNKS, -1, *x.shape[2:])
@@ -56,8 +51,8 @@ def ends_before(ends: jax.Array) -> jax.Array:
     Args:
       ends: [batch, CHUNKS, ...], of this device's chunks.
     """
-    every = jax.lax.all_gather(ends, SEQUENCE_AXIS, axis=1)  # [batch, shards, CHUNKS, ...]
-    shards, shard = every.shape[1], jax.lax.axis_index(SEQUENCE_AXIS)
-    in_order = jnp.concatenate([jnp.zeros_like(every[:, :1, 0]), every[:, :, 0], every[:, ::-1, 1]], axis=1)
-    pick = lambda chunk: jax.lax.dynamic_index_in_dim(in_order, chunk, axis=1, keepdims=True)  # the one before `chunk`
-    return jnp.concatenate([pick(shard), pick(CHUNKS * shards - 1 - shard)], axis=1)
+    every = in_sequence(gather_shards(ends, "seq", axis=1))  # [batch, chunks, ...]
+    before = jnp.concatenate([jnp.zeros_like(every[:, :1]), every[:, :-1]], axis=1)
+    first = shard_index("seq")
+    pick = lambda chunk: jax.lax.dynamic_index_in_dim(before, chunk, axis=1)
+    return jnp.concatenate([pick(first), pick(every.shape[1] - 1 - first)], axis=1)

@@ -3,7 +3,7 @@
 libtpu reads them from `LIBTPU_INIT_ARGS` when it is loaded, and ends the process at one that it does not know: a test has the
 pinned libtpu compile with each list. None has been measured on this architecture; they are what the fastest public trainers
 agree on. Left out are offloads of all-reduces to the SparseCore, which AXLearn reports to change losses (on v6e with JAX 0.6.2,
-and on TPU v7), and windowed einsums, which MaxText and AXLearn switch off.
+and on TPU v7).
 """
 
 import os
@@ -47,6 +47,8 @@ FLAGS = (
          "the TensorCore computes while it drives a collective", _MAXTEXT),
     Flag("xla_enable_async_all_gather", "true", _ALL,
          "all-gathers start early and end late, which is what the latency-hiding scheduler needs", _MAXTEXT),
+    Flag("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000", _ALL,
+         "no collective matmul: it cuts products into a loop of slivers (docs/benchmarks/pod_plan.md)", "MaxText and AXLearn"),
     Flag("xla_tpu_scoped_vmem_limit_kib", "98304", ("v6e",),
          "of 128 MiB of VMEM a fusion may take 96, for larger tiles (default 16)", "MaxText, llama3.1-8b on Trillium"),
     Flag("xla_tpu_scoped_vmem_limit_kib", "65536", ("tpu7x",),

@@ -87,9 +87,12 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def shard_count(name: str) -> int:
-    """Over how many devices the enclosing mesh splits the logical axis `name` of activations; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
+def shard_count(name: str, mesh: Mesh | None = None) -> int:
+    """Over how many devices a mesh splits the logical axis `name` of activations.
+
+    mesh: None is the enclosing one; without any the answer is 1.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ACTIVATION_RULES[name])
 
 

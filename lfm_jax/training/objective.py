@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lfm_jax.arrays import Hidden, Positions, SegmentIds, Tokens
 from lfm_jax.models import Decoder
-from lfm_jax.sharding import constrain, sequence_shards
+from lfm_jax.sharding import constrain, shard_count
 
 
 class Batch(TypedDict):
@@ -96,7 +96,7 @@ def _block_sums(model: Decoder, hidden: Hidden, targets: Tokens, weights: jax.Ar
 def _blockwise(model: Decoder, hidden: Hidden, targets: Tokens, weights: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """`_block_sums` over the whole sequence. The blocks are pieces of what each device has, so that nothing leaves it."""
     batch, seq = targets.shape
-    shards = sequence_shards()
+    shards = shard_count("seq")
     local = seq // shards
     if local <= block:
         return _block_sums(model, hidden, targets, weights)

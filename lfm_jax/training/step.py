@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -13,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lfm_jax.models import FunctionalModel
 from lfm_jax.models.functional import Tree
-from lfm_jax.sharding import SEQUENCE_AXIS, activation_sharding, constrain, dealt_order
+from lfm_jax.sharding import activation_sharding, constrain, dealt_order, shard_count
 from lfm_jax.training.objective import Batch, Objective, Sums
 from lfm_jax.training.state import Purpose, TrainState, random_key, replicated, state_shardings
 
@@ -40,7 +39,8 @@ def make_train_step(
     weight leaves the parameters as they are, with a loss of 0.
 
     Args:
-      seed: of the random numbers that an objective draws; they depend on it and on the step alone.
+      seed: of the random numbers that an objective draws; they depend on it, on the step and, with several micro-batches, on how
+        the rows are dealt to these and to the replicas.
       accumulation: micro-batches that the batch is taken in, one after the other, to save memory.
       expert_bias_rate: the expert bias of a mixture of experts moves by so much a step, towards an even load.
 
@@ -95,13 +95,12 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     Raises:
       ValueError: the rows do not divide over the devices, the sequences not over those of `context`, or see `host_part`.
     """
-    order = dealt_order(batch["tokens"].shape[1], mesh.shape[SEQUENCE_AXIS])
-    parts = host_part(mesh)[1]
+    shards, parts = shard_count("seq", mesh), host_part(mesh)[1]
 
     def place(rows: np.ndarray) -> jax.Array:
         along = rows.ndim > 1
-        if along and order is not None:
-            rows = rows[:, order]
+        if along and shards > 1:
+            rows = rows[:, dealt_order(rows.shape[1], shards)]
         sharding = activation_sharding(mesh, ("batch", "seq") if along else ("batch",))
         return jax.make_array_from_process_local_data(sharding, rows, (rows.shape[0] * parts, *rows.shape[1:]))
 
@@ -115,7 +114,7 @@ def host_part(mesh: Mesh) -> tuple[int, int]:
     Raises:
       ValueError: the parts of two hosts overlap without being the same.
     """
-    shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+    shards = shard_count("batch", mesh)
     held: dict[int, set[int]] = collections.defaultdict(set)
     for device, (rows,) in activation_sharding(mesh, ("batch",)).devices_indices_map((shards,)).items():
         held[device.process_index].add(rows.start or 0)
@@ -130,7 +129,7 @@ def host_part(mesh: Mesh) -> tuple[int, int]:
 
 def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
     """Raises ValueError if a batch of so many rows, over all hosts, does not divide over micro-batches and devices."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+    devices = shard_count("batch", mesh)
     if rows % (accumulation * devices):
         raise ValueError(
             f"a batch of {rows} rows does not divide into {accumulation} micro-batches over {devices} devices (data x fsdp x "

@@ -233,6 +233,7 @@ def test_hosts_must_share_a_batch_evenly(shards, tokenizer):
 def test_without_being_told_jax_says_which_host_this_is(shards, tokenizer):
     config = LoaderConfig(seq_len=48, batch_size=4)
     batches, told = (training_batches(shards, config, tokenizer, **hosts) for hosts in ({}, ONE_HOST))
+    assert len(batches) == len(told)
     _equal(next(batches), next(told))
     batches.close()
     told.close()

@@ -2,7 +2,6 @@
 
 import configparser
 import copy
-import importlib
 import json
 import re
 import shlex
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import yaml
 from conftest import ROOT
 
 import run
@@ -23,7 +23,6 @@ from lfm_jax.sharding import distributed
 from lfm_jax.sharding.flags import flags_for
 from lfm_jax.training import loop
 
-yaml = importlib.import_module("yaml")  # of the package pyyaml
 SHELLCHECK = Path(sys.executable).parent / "shellcheck"
 IMAGE = "europe-docker.pkg.dev/project/images/lfm_jax:1"
 WORKDIR = "gs://bucket/runs/nano"

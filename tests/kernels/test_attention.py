@@ -1,5 +1,7 @@
 """Splash attention, emulated, against attention with its scores written out: values and gradients."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,8 +34,8 @@ def _run(implementation, window, mesh=None, dtype=jnp.float32):
     """The output and the gradients of query, key and value, in the order of the sequence."""
     query, key, value, dout, segment_ids = _inputs(dtype)
     mask = _mask(segment_ids, window)
-    order = None if mesh is None else dealt_order(SEQ, mesh.shape["context"])
-    deal = (lambda array, axis=1: array) if order is None else (lambda array, axis=1: jnp.take(array, order, axis))
+    order = dealt_order(SEQ, 1 if mesh is None else mesh.shape["context"])
+    deal = lambda array, axis=1: jnp.take(array, order, axis)
     mask, segment_ids, dout = deal(deal(mask), 2), deal(segment_ids), deal(dout)
 
     def step(query, key, value):
@@ -42,11 +44,9 @@ def _run(implementation, window, mesh=None, dtype=jnp.float32):
         return out, *transpose(dout)
 
     inputs = [deal(array) for array in (query, key, value)]
-    if mesh is None:
-        return jax.device_get(jax.jit(step)(*inputs))
-    with jax.set_mesh(mesh):
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         found = jax.device_get(jax.jit(step)(*inputs))
-    return found if order is None else [array[:, np.argsort(order)] for array in found]
+    return [array[:, np.argsort(order)] for array in found]
 
 
 def _assert_close(found, expected, tolerance):

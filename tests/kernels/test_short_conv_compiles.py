@@ -58,7 +58,8 @@ def test_preset_shapes_compile(topology, shape):
 @pytest.mark.parametrize("shape", [(2, 1000, 1536, 3), (1, 50, 200, 15), (1, 4097, 1024, 7)])
 def test_every_option_compiles_at_ragged_shapes(topology, dtype, shape):
     """Bias, segments, states; lengths and channels that no block divides; the widest kernel."""
-    aot.compile_for(_loss, _arguments(_on_one_device(topology), *shape, dtype, options=True))
+    compiled = aot.compile_for(_loss, _arguments(_on_one_device(topology), *shape, dtype, options=True))
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5e:4x4"])

@@ -82,7 +82,7 @@ def _parts(name, mesh_name, remat="none"):
     """(functions, optimizer, objective, mesh)"""
     functions = functional(lambda rngs: Decoder(CONFIGS[name], ComputeConfig(remat=remat), rngs=rngs))
     mesh = make_mesh(MESHES[mesh_name], jax.devices()[: math.prod(dataclasses.astuple(MESHES[mesh_name]))])
-    return functions, make_optimizer(OPTIMIZER, 100), next_token_objective(LossConfig(z_loss=1e-2, block=8)), mesh
+    return functions, make_optimizer(OPTIMIZER, 1000), next_token_objective(LossConfig(z_loss=1e-2, block=8)), mesh
 
 
 @functools.cache
@@ -203,7 +203,7 @@ def test_each_layer_has_its_own_counts():
 
 def test_a_tiny_run_learns_its_batch_by_heart():
     mesh, state, losses = _parts("dense", "one device")[-1], _init("dense", "one device"), []
-    for _ in range(150):
+    for _ in range(300):
         state, metrics = _step("dense", "one device")(state, _placed(0, mesh))
         losses.append(float(metrics["nll"]))
-    assert losses[0] > 4 and losses[-1] < 0.4
+    assert losses[0] > 4 and losses[-1] < 0.2

@@ -4,14 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks.tpu_compiler import ROOT
 from lfm_jax.sharding import aot
 
+ROOT = Path(__file__).resolve().parents[2]
 
-def run_module(module: str, job: dict[str, Any], seconds: float, environment: dict[str, str] | None = None) -> Any:
+
+def run_module(
+    module: str, job: dict[str, Any], seconds: float | None = None, environment: dict[str, str] | None = None
+) -> Any:
     """Runs `python -m module` with the job as JSON on its standard input; returns its last line of output, read as JSON.
+
+    seconds: that it may take; None: any time. environment: variables beside those that the TPU compiler needs.
 
     Raises:
       RuntimeError: it failed; the text ends with the reason.
