@@ -1,6 +1,7 @@
 """Meshes, the one table from logical axes to mesh axes, and sequences that are split over devices."""
 
 from lfm_jax.sharding.context import CHUNKS, dealt_order, ends_before, in_sequence
+from lfm_jax.sharding.dealing import map_dealt
 from lfm_jax.sharding.logical import (
     LogicalAxes,
     activation_sharding,
@@ -19,6 +20,6 @@ from lfm_jax.sharding.mesh import AXES, MeshConfig, make_mesh
 
 __all__ = [
     "AXES", "CHUNKS", "LogicalAxes", "MeshConfig", "activation_sharding", "check_split", "constrain",
-    "dealt_order", "ends_before", "gather_shards", "in_sequence", "make_mesh", "map_shards", "parameter_sharding",
+    "dealt_order", "ends_before", "gather_shards", "in_sequence", "make_mesh", "map_dealt", "map_shards", "parameter_sharding",
     "shard_count", "shard_index", "sum_and_scatter_shards", "sum_shards", "target_platform",
 ]

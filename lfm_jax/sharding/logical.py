@@ -38,8 +38,13 @@ def _split(axes: LogicalAxes, rules: Rules, mesh, shape: Sequence[int] | None) -
     return found
 
 
+def split_axes(axes: LogicalAxes, rules: Rules, mesh, shape: Sequence[int] | None) -> list[list[str]]:
+    """The mesh axes that split each axis of an array (see `_split`)."""
+    return [chosen for _, chosen in _split(axes, rules, mesh, shape)]
+
+
 def _spec(axes: LogicalAxes, rules: Rules, mesh, shape: Sequence[int] | None) -> PartitionSpec:
-    entries = [chosen for _, chosen in _split(axes, rules, mesh, shape)]
+    entries = split_axes(axes, rules, mesh, shape)
     return PartitionSpec(*(tuple(chosen) if len(chosen) > 1 else next(iter(chosen), None) for chosen in entries))
 
 

@@ -45,18 +45,23 @@ def abstract_state(functions: FunctionalModel, optimizer: optax.GradientTransfor
 
     The optimizer's arrays of a parameter (its moments) are split like the parameter, its scalars are on each device.
     """
+    masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # where a part of the optimizer leaves a parameter to another
 
     def place(leaf, axes):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(mesh, axes, leaf.shape))
+
+    def like(leaf, parameter):
+        return leaf if masked(leaf) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter.sharding)
 
     whole = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
     params = jax.tree.map(place, functions.abstract_params, functions.param_axes)
     opt_state = optax.tree.map_params(
         optimizer,
-        lambda leaf, parameter: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter.sharding),
+        like,
         jax.eval_shape(optimizer.init, params),
         params,
         transform_non_params=whole,
+        is_leaf=masked,
     )
     return TrainState(
         step=whole(jax.ShapeDtypeStruct((), jnp.int32)),

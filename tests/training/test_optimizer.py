@@ -122,6 +122,9 @@ def test_the_rate_follows_the_schedule_and_stands_in_the_state():
         ({"b1": 1.0}, r"b1 must be in \[0, 1\), got 1.0"),
         ({"b2": -0.1}, r"b2 must be in \[0, 1\), got -0.1"),
         ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
+        ({"matrix_rate": 0.0}, "matrix_rate must be positive, got 0.0"),
+        ({"muon_momentum": 1.0}, r"muon_momentum must be in \[0, 1\), got 1.0"),
+        ({"b2": 0.999, "moment_dtype": "bfloat16"}, "b2=0.999, .*: averages in bfloat16 stand still beyond 0.98; lower them,"),
         ({"clip_norm": 0.0}, "clip_norm must be positive, or None for no clipping; got 0.0"),
     ],
 )
