@@ -25,18 +25,20 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, residual_gain: float, rngs: nnx.Rngs):
         embed, heads, kv_heads, head_dim = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_proj = parameter(rngs, (embed, heads, head_dim), ("embed", "heads", None), embed)
-        self.k_proj = parameter(rngs, (embed, kv_heads, head_dim), ("embed", "kv_heads", None), embed)
-        self.v_proj = parameter(rngs, (embed, kv_heads, head_dim), ("embed", "kv_heads", None), embed)
-        self.out_proj = parameter(rngs, (heads, head_dim, embed), ("heads", None, "embed"), heads * head_dim, residual_gain)
+        dtype = compute_dtype(compute)
+        self.q_proj = parameter(rngs, (embed, heads, head_dim), ("embed", "heads", None), embed, dtype)
+        self.k_proj = parameter(rngs, (embed, kv_heads, head_dim), ("embed", "kv_heads", None), embed, dtype)
+        self.v_proj = parameter(rngs, (embed, kv_heads, head_dim), ("embed", "kv_heads", None), embed, dtype)
+        out_axes, fan_in = ("heads", None, "embed"), heads * head_dim
+        self.out_proj = parameter(rngs, (heads, head_dim, embed), out_axes, fan_in, dtype, residual_gain)
         self.q_norm = RMSNorm(head_dim, config.norm_eps)
         self.k_norm = RMSNorm(head_dim, config.norm_eps)
         if config.attention_gate:
-            self.gate_proj = parameter(rngs, (embed, heads), ("embed", "heads"), embed)
+            self.gate_proj = parameter(rngs, (embed, heads), ("embed", "heads"), embed, dtype)
         self.gated = config.attention_gate
         self.sliding_window = self.window(config)
         self.implementation = compute.attention
-        self.dtype = compute_dtype(compute)
+        self.dtype = dtype
 
     def __call__(self, x: Hidden, context: Context, state: AttentionState | None) -> tuple[Hidden, AttentionState | None]:
         heads = lambda weight: project(x, weight[...].astype(self.dtype))

@@ -14,6 +14,7 @@ from lfm_jax.models.context import Context, cached_context, training_context
 from lfm_jax.models.layers import MLP, PROJECTED, Embedding, RMSNorm, compute_dtype, parameter, project
 from lfm_jax.models.moe import MoE
 from lfm_jax.models.operators import OPERATORS
+from lfm_jax.models.repeats import in_loops, in_turn
 from lfm_jax.sharding import constrain
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names(PROJECTED, ATTENDED), "full": None}
@@ -74,10 +75,11 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([Block(config, index, compute, rngs=rngs) for index in range(config.num_layers)])
         self.final_norm = RMSNorm(config.embed_dim, config.norm_eps, axis="embed")
         if not config.tie_embeddings:
-            self.lm_head = parameter(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"), config.embed_dim)
+            self.lm_head = parameter(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"), config.embed_dim, dtype)
         self.config = config
         self.dtype = dtype
         self.remat = compute.remat
+        self.scan = compute.scan_layers
 
     def __call__(
         self,
@@ -110,20 +112,31 @@ class Decoder(nnx.Module):
         hidden, _, counts = self._blocks(tokens, training_context(self.config, segment_ids, positions), None)
         return DecoderOutput(hidden, None, counts)
 
+    @property
+    def head(self) -> jax.Array:
+        """[vocab, embed], in the type that it is multiplied in."""
+        weight = self.embed.embedding[...] if self.config.tie_embeddings else self.lm_head[...].T
+        return weight.astype(self.dtype)
+
     def logits(self, hidden: Hidden) -> Logits:
         """Scores of the next token over all rows of the vocabulary, [..., vocab] float32; padded rows included."""
-        weight = self.embed.embedding[...].T if self.config.tie_embeddings else self.lm_head[...]
-        return project(hidden, weight.astype(self.dtype), dtype=jnp.float32)
+        return project(hidden, self.head.T, dtype=jnp.float32)
 
     def _blocks(self, tokens: Tokens, context: Context, cache: DecoderCache | None):
-        hidden = self.embed(tokens)
-        states, counts = [], []
-        for index, block in enumerate(self.layers):
-            apply = block if self.remat == "none" else jax.checkpoint(block.__call__, policy=REMAT_POLICIES[self.remat])
-            hidden, state, chosen = apply(hidden, context, None if cache is None else cache.layers[index])
+        states = []
+
+        def apply(block: Block, hidden: Hidden) -> tuple[Hidden, jax.Array | None]:
+            call = block if self.remat == "none" else jax.checkpoint(block.__call__, policy=REMAT_POLICIES[self.remat])
+            hidden, state, counts = call(hidden, context, None if cache is None else cache.layers[len(states)])
             states.append(state)
-            if chosen is not None:
-                counts.append(chosen)
+            return hidden, counts
+
+        hidden = self.embed(tokens)
+        if self.scan and cache is None:
+            kinds = [(kind, self.config.is_moe_layer(index)) for index, kind in enumerate(self.config.layer_types)]
+            hidden, counts = in_loops(self.layers, kinds, apply, hidden)
+        else:
+            hidden, counts = in_turn(self.layers, apply, hidden)
         return self.final_norm(hidden), tuple(states), jnp.stack(counts) if counts else None
 
     def _continue(self, tokens: Tokens, segment_ids: SegmentIds | None, cache: DecoderCache) -> DecoderOutput:

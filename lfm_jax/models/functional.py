@@ -22,6 +22,7 @@ class FunctionalModel:
       abstract_params: trainable arrays (`nnx.Param`) as `jax.ShapeDtypeStruct`, nested by module path.
       abstract_buffers: the arrays that carry no gradient (e.g. a router's expert bias).
       param_axes, buffer_axes: the logical axis names of every leaf, read from its `axes` metadata.
+      compute_dtypes: the type in which each parameter is computed with, from its `compute_dtype`; its own where it has none.
       init: key -> (params, buffers).
     """
 
@@ -30,11 +31,16 @@ class FunctionalModel:
     abstract_buffers: Tree
     param_axes: Tree
     buffer_axes: Tree
+    compute_dtypes: Tree
     init: Callable[[jax.Array], tuple[Tree, Tree]]
 
     def bind(self, params: Tree, buffers: Tree) -> nnx.Module:
         """The module over these arrays. Costs a walk over the structure: call it inside jit, where that happens once."""
         return nnx.merge(self.graphdef, nnx.State(params), nnx.State(buffers))
+
+    def cast(self, params: Tree) -> Tree:
+        """The parameters in the types that they are computed with; what moves between devices is then no wider than need be."""
+        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, self.compute_dtypes)
 
 
 def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> FunctionalModel:
@@ -45,15 +51,17 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> FunctionalModel:
         _, params, buffers = nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
 
-    def axes(state: nnx.State) -> Tree:
-        is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
-        return nnx.to_pure_dict(jax.tree.map(lambda variable: variable.axes, state, is_leaf=is_variable))
+    def of_each(state: nnx.State, read: Callable[[nnx.Variable], Any]) -> Tree:
+        return nnx.to_pure_dict(jax.tree.map(read, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+
+    axes = lambda variable: variable.axes
 
     return FunctionalModel(
         graphdef=graphdef,
         abstract_params=nnx.to_pure_dict(params),
         abstract_buffers=nnx.to_pure_dict(buffers),
-        param_axes=axes(params),
-        buffer_axes=axes(buffers),
+        param_axes=of_each(params, axes),
+        buffer_axes=of_each(buffers, axes),
+        compute_dtypes=of_each(params, lambda variable: variable.get_metadata().get("compute_dtype", variable.dtype)),
         init=init,
     )

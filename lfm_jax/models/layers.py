@@ -19,10 +19,15 @@ def compute_dtype(compute: ComputeConfig) -> jnp.dtype:
     return jnp.dtype(compute.dtype)
 
 
-def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:
-    """A float32 matrix drawn from a normal of standard deviation gain / sqrt(fan_in), truncated at two deviations."""
+def parameter(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, dtype: jnp.dtype, gain: float = 1.0
+) -> nnx.Param:
+    """A float32 matrix drawn from a normal of standard deviation gain / sqrt(fan_in), truncated at two deviations.
+
+    dtype: in which it enters matmuls (see `FunctionalModel.cast`).
+    """
     draw = nnx.initializers.truncated_normal(gain * fan_in**-0.5, dtype=jnp.float32)
-    return nnx.Param(draw(rngs.params(), shape), axes=axes)
+    return nnx.Param(draw(rngs.params(), shape), axes=axes, compute_dtype=dtype)
 
 
 PROJECTED = "projected"  # the name by which rematerialisation knows what `project` returns
@@ -98,8 +103,8 @@ def _rows(table: jax.Array, tokens: Tokens) -> Hidden:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _look_up(table: jax.Array, tokens: Tokens, dtype: jnp.dtype) -> Hidden:
-    """Rows of the table in another type. Their gradients are added up in the table's own: of a frequent token there are
-    thousands, and a sum in bfloat16 stands still at 256 times what it adds."""
+    """Rows of the table in another type. Their gradients are added up in float32: of a frequent token there are thousands, and
+    a sum in bfloat16 stands still at 256 times what it adds."""
     return _rows(table.astype(dtype), tokens)
 
 
@@ -109,7 +114,9 @@ def _look_up_forward(table: jax.Array, tokens: Tokens, dtype: jnp.dtype):
 
 def _look_up_backward(dtype: jnp.dtype, saved: tuple[jax.Array, Tokens], gradient: Hidden):
     table, tokens = saved
-    return *jax.linear_transpose(lambda table: _rows(table, tokens), table)(gradient.astype(table.dtype)), None
+    wide = jax.ShapeDtypeStruct(table.shape, jnp.float32)
+    (by_table,) = jax.linear_transpose(lambda table: _rows(table, tokens), wide)(gradient.astype(jnp.float32))
+    return by_table.astype(table.dtype), None
 
 
 _look_up.defvjp(_look_up_forward, _look_up_backward)
@@ -120,7 +127,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, vocab_size: int, features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         draw = nnx.initializers.normal(0.02)
-        self.embedding = nnx.Param(draw(rngs.params(), (vocab_size, features)), axes=("vocab", "embed"))
+        self.embedding = nnx.Param(draw(rngs.params(), (vocab_size, features)), axes=("vocab", "embed"), compute_dtype=dtype)
         self.dtype = dtype
 
     def __call__(self, tokens: Tokens) -> Hidden:
@@ -131,9 +138,9 @@ class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
     def __init__(self, embed: int, mlp: int, *, residual_gain: float, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.gate = parameter(rngs, (embed, mlp), ("embed", "mlp"), embed)
-        self.up = parameter(rngs, (embed, mlp), ("embed", "mlp"), embed)
-        self.down = parameter(rngs, (mlp, embed), ("mlp", "embed"), mlp, residual_gain)
+        self.gate = parameter(rngs, (embed, mlp), ("embed", "mlp"), embed, dtype)
+        self.up = parameter(rngs, (embed, mlp), ("embed", "mlp"), embed, dtype)
+        self.down = parameter(rngs, (mlp, embed), ("mlp", "embed"), mlp, dtype, residual_gain)
         self.dtype = dtype
 
     def __call__(self, x: Hidden) -> Hidden:

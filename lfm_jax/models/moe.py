@@ -65,10 +65,10 @@ class MoE(nnx.Module):
 
     def __init__(self, embed: int, config: MoEConfig, *, residual_gain: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         experts, mlp = config.num_experts, config.mlp_dim
-        self.router = parameter(rngs, (embed, experts), ("embed", None), embed)
-        self.gate = parameter(rngs, (experts, embed, mlp), ("expert", "embed", "mlp"), embed)
-        self.up = parameter(rngs, (experts, embed, mlp), ("expert", "embed", "mlp"), embed)
-        self.down = parameter(rngs, (experts, mlp, embed), ("expert", "mlp", "embed"), mlp, residual_gain)
+        self.router = parameter(rngs, (embed, experts), ("embed", None), embed, jnp.dtype(jnp.float32))
+        self.gate = parameter(rngs, (experts, embed, mlp), ("expert", "embed", "mlp"), embed, dtype)
+        self.up = parameter(rngs, (experts, embed, mlp), ("expert", "embed", "mlp"), embed, dtype)
+        self.down = parameter(rngs, (experts, mlp, embed), ("expert", "mlp", "embed"), mlp, dtype, residual_gain)
         if config.expert_bias:
             self.expert_bias = ExpertBias(jnp.zeros(experts), axes=(None,))
         self.config = config

@@ -28,19 +28,20 @@ class ShortConv(nnx.Module):
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, residual_gain: float, rngs: nnx.Rngs):
         embed, channels, width = config.embed_dim, config.embed_dim, config.conv_width
-        self.in_proj = parameter(rngs, (embed, 3, channels), ("embed", None, "channels"), embed)
+        dtype = compute_dtype(compute)
+        self.in_proj = parameter(rngs, (embed, 3, channels), ("embed", None, "channels"), embed, dtype)
         # The default of torch's Conv1d: uniform within 1 / sqrt(fan_in), and the fan-in of a depthwise tap row is its width.
         bound = width**-0.5
         taps = jax.random.uniform(rngs.params(), (width, channels), minval=-bound, maxval=bound)
         self.kernel = nnx.Param(taps, axes=(None, "channels"))
-        self.out_proj = parameter(rngs, (channels, embed), ("channels", "embed"), channels, residual_gain)
+        self.out_proj = parameter(rngs, (channels, embed), ("channels", "embed"), channels, dtype, residual_gain)
         if config.conv_bias:
             self.in_bias = nnx.Param(jnp.zeros((3, channels)), axes=(None, "channels"))
             self.kernel_bias = nnx.Param(jnp.zeros(channels), axes=("channels",))
             self.out_bias = nnx.Param(jnp.zeros(embed), axes=("embed",))
         self.biased = config.conv_bias
         self.implementation = compute.short_conv
-        self.dtype = compute_dtype(compute)
+        self.dtype = dtype
 
     def __call__(self, x: Hidden, context: Context, state: ConvState | None) -> tuple[Hidden, ConvState | None]:
         # The three parts on the leading axis: the matmul writes them apart, and no slice of a wider array is ever copied. An

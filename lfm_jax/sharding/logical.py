@@ -53,6 +53,22 @@ def parameter_sharding(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int]) -> N
     return NamedSharding(mesh, _spec(axes, PARAMETER_RULES, mesh, shape))
 
 
+def state_sharding(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int]) -> NamedSharding:
+    """The sharding of what is kept of a parameter from step to step: the parameter itself in float32, and its moments.
+
+    As the parameter's, and over its replicas too, each of which updates its own part (ZeRO-1, Rajbhandari et al. 2020): along the
+    first axis that they divide, and one that nothing else splits if there is one.
+    """
+    entries = [tuple(chosen) for _, chosen in _split(axes, PARAMETER_RULES, mesh, shape)]
+    replicas = mesh.shape["data"]
+    parts = [replicas * math.prod(mesh.shape[axis] for axis in entry) for entry in entries]
+    fitting = [index for index, length in enumerate(shape) if replicas > 1 and length % parts[index] == 0]
+    if fitting:
+        chosen = min(fitting, key=lambda index: len(entries[index]) > 0)
+        entries[chosen] = ("data", *entries[chosen])
+    return NamedSharding(mesh, PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries)))
+
+
 def check_split(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int], array: str) -> None:
     """Refuses a mesh that leaves an axis of a parameter whole which it is meant to split: every device would hold all of it.
 
@@ -109,6 +125,11 @@ def gather_shards(x: jax.Array, name: str, axis: int) -> jax.Array:
 def sum_shards(x: jax.Array, name: str) -> jax.Array:
     """Inside `map_shards`: the sum over the devices that share the logical axis `name`."""
     return jax.lax.psum(x, ACTIVATION_RULES[name])
+
+
+def max_shards(x: jax.Array, name: str) -> jax.Array:
+    """Inside `map_shards`: the largest over the devices that share the logical axis `name`, element by element."""
+    return jax.lax.pmax(x, ACTIVATION_RULES[name])
 
 
 def sum_and_scatter_shards(x: jax.Array, name: str, axis: int) -> jax.Array:

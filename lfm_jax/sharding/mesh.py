@@ -15,8 +15,9 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 class MeshConfig:
     """Devices along each mesh axis; at most one may be -1, which takes what the others leave.
 
-    data: replicas of the whole training state, each with its own part of the batch.
-    fsdp: the batch and every large array are split over it (ZeRO-3).
+    data: replicas of the model, each with its own part of the batch. They split the training state among them (ZeRO-1), gather
+      the parameters once a step, in the type of the computation, and sum the gradient once.
+    fsdp: the batch and every large array are split over it (ZeRO-3); layers gather their parameters as they run.
     expert: the batch and the experts of a mixture are split over it, every other large array as over fsdp.
     context: each sequence is split over it (see `lfm_jax.sharding.context`), every large array as over fsdp.
     tensor: heads, feed-forward, convolution channels and vocabulary are split over it.

@@ -7,9 +7,9 @@ from typing import NamedTuple, TypedDict
 import jax
 import jax.numpy as jnp
 
-from lfm_jax.arrays import Hidden, Positions, SegmentIds, Tokens
+from lfm_jax.arrays import Positions, SegmentIds, Tokens
 from lfm_jax.models import Decoder
-from lfm_jax.sharding import constrain, shard_count
+from lfm_jax.training.cross_entropy import linear_cross_entropy
 
 
 class Batch(TypedDict):
@@ -52,8 +52,7 @@ class LossConfig:
     """Next-token cross-entropy.
 
     z_loss: weight of logsumexp(logits)^2, which keeps the logits from drifting (PaLM, Chowdhery et al. 2022, section 5: 1e-4).
-    block: positions of every row whose logits exist at one time. A sequence of up to so many is one block; of a longer one the
-      logits are computed again in the backward pass, block by block.
+    block: positions of every row whose logits exist at one time, on each device.
     """
 
     z_loss: float = 0.0
@@ -76,45 +75,9 @@ def next_token_objective(config: LossConfig) -> Objective:
     def objective(model: Decoder, batch: Batch, key: jax.Array) -> Sums:
         output = model(batch["tokens"], batch["segment_ids"], batch["positions"])
         weights = batch["loss_mask"].astype(jnp.float32)
-        nll, square = _blockwise(model, output.hidden, batch["targets"], weights, config.block)
-        loss = nll + config.z_loss * square
+        loss, nll = linear_cross_entropy(
+            output.hidden, model.head, batch["targets"], weights, z_loss=config.z_loss, block=config.block
+        )  # fmt: skip
         return Sums(loss, jnp.sum(weights), {"nll": nll}, output.router_counts)
 
     return objective
-
-
-def _block_sums(model: Decoder, hidden: Hidden, targets: Tokens, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums of -log p(target) and of logsumexp^2 over one block."""
-    logits = constrain(model.logits(hidden), ("batch", "seq", "vocab"))
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
-    # A masked sum, not a gather: it stays on the devices that hold a part of the vocabulary, and its gradient is no scatter.
-    chosen = jnp.arange(logits.shape[-1])[None, None, :] == targets[:, :, None]
-    score = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
-    return jnp.sum(weights * (normalizer - score)), jnp.sum(weights * jnp.square(normalizer))
-
-
-def _blockwise(model: Decoder, hidden: Hidden, targets: Tokens, weights: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """`_block_sums` over the whole sequence. The blocks are pieces of what each device has, so that nothing leaves it."""
-    batch, seq = targets.shape
-    shards = shard_count("seq")
-    local = seq // shards
-    if local <= block:
-        return _block_sums(model, hidden, targets, weights)
-    count = -(-local // block)
-    size = -(-local // count)
-
-    def split(x: jax.Array) -> jax.Array:
-        """[batch, seq, ...] as [count, batch, shards * size, ...]; what is added to a shard's end weighs nothing."""
-        rest = x.shape[2:]
-        widths = ((0, 0), (0, 0), (0, count * size - local), *((0, 0) for _ in rest))
-        padded = jnp.pad(x.reshape(batch, shards, local, *rest), widths)
-        pieces = jnp.moveaxis(padded.reshape(batch, shards, count, size, *rest), 2, 0)
-        return constrain(pieces.reshape(count, batch, shards * size, *rest), (None, "batch", "seq", *(None for _ in rest)))
-
-    @jax.checkpoint
-    def accumulate(sums, piece):
-        return jax.tree.map(jnp.add, sums, _block_sums(model, *piece)), None
-
-    zero = jnp.zeros((), jnp.float32)
-    sums, _ = jax.lax.scan(accumulate, (zero, zero), (split(hidden), split(targets), split(weights)))
-    return sums

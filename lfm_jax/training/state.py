@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lfm_jax.models import FunctionalModel
 from lfm_jax.models.functional import Tree
-from lfm_jax.sharding import check_split, parameter_sharding
+from lfm_jax.sharding import check_split, parameter_sharding, state_sharding
 
 
 class TrainState(NamedTuple):
@@ -43,12 +43,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def abstract_state(functions: FunctionalModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the whole state as `jax.ShapeDtypeStruct`; nothing is allocated.
 
-    The optimizer's arrays of a parameter (its moments) are split like the parameter, its scalars are on each device.
+    The optimizer's arrays of a parameter (its moments) are split like the parameter (see `state_sharding`), its scalars are on
+    each device.
     """
     masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # where a part of the optimizer leaves a parameter to another
 
     def place(leaf, axes):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(mesh, axes, leaf.shape))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=state_sharding(mesh, axes, leaf.shape))
 
     def like(leaf, parameter):
         return leaf if masked(leaf) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter.sharding)
@@ -66,7 +67,7 @@ def abstract_state(functions: FunctionalModel, optimizer: optax.GradientTransfor
     return TrainState(
         step=whole(jax.ShapeDtypeStruct((), jnp.int32)),
         params=params,
-        buffers=jax.tree.map(place, functions.abstract_buffers, functions.buffer_axes),
+        buffers=jax.tree.map(whole, functions.abstract_buffers),
         opt_state=opt_state,
     )
 
@@ -77,6 +78,12 @@ def check_mesh(functions: FunctionalModel, mesh: Mesh) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(functions.abstract_params)
     for (path, leaf), names in zip(leaves, axes, strict=True):
         check_split(mesh, names, leaf.shape, jax.tree_util.keystr(path, simple=True, separator="."))
+
+
+def parameter_shardings(functions: FunctionalModel, mesh: Mesh) -> Tree:
+    """The sharding of every parameter as the model computes with it: each replica has all of it."""
+    place = lambda leaf, axes: parameter_sharding(mesh, axes, leaf.shape)
+    return jax.tree.map(place, functions.abstract_params, functions.param_axes)
 
 
 def state_shardings(functions: FunctionalModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -14,7 +14,7 @@ from lfm_jax.models import FunctionalModel
 from lfm_jax.models.functional import Tree
 from lfm_jax.sharding import activation_sharding, constrain, dealt_order, shard_count
 from lfm_jax.training.objective import Batch, Objective, Sums
-from lfm_jax.training.state import Purpose, TrainState, random_key, replicated, state_shardings
+from lfm_jax.training.state import Purpose, TrainState, parameter_shardings, random_key, replicated, state_shardings
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -39,8 +39,8 @@ def make_train_step(
     weight leaves the parameters as they are, with a loss of 0.
 
     Args:
-      seed: of the random numbers that an objective draws; they depend on it, on the step and, with several micro-batches, on how
-        the rows are dealt to these and to the replicas.
+      seed: of the random numbers that an objective draws; they depend on it, on the step, and on how the rows are dealt to
+        micro-batches and replicas.
       accumulation: micro-batches that the batch is taken in, one after the other, to save memory.
       expert_bias_rate: the expert bias of a mixture of experts moves by so much a step, towards an even load.
 
@@ -49,7 +49,7 @@ def make_train_step(
     """
     if accumulation < 1:
         raise ValueError(f"accumulation must be at least 1 micro-batch, got {accumulation}")
-    shardings = state_shardings(functions, optimizer, mesh)
+    shardings, whole = state_shardings(functions, optimizer, mesh), parameter_shardings(functions, mesh)
 
     def summed_loss(params: Tree, buffers: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         sums = objective(functions.bind(params, buffers), batch, key)
@@ -57,16 +57,17 @@ def make_train_step(
 
     def micro_gradient(params: Tree, buffers: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Sums]:
         gradient, sums = jax.grad(summed_loss, has_aux=True)(params, buffers, batch, key)
-        return jax.lax.with_sharding_constraint(gradient, jax.tree.map(lambda own: own.spec, shardings.params)), sums
+        gradient = jax.lax.with_sharding_constraint(gradient, jax.tree.map(lambda each: each.spec, whole))
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient), sums
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             key = jax.random.fold_in(random_key(seed, Purpose.STEP), state.step)
             check_rows(batch["tokens"].shape[0], accumulation, mesh)
             accumulated = functools.partial(_accumulated, micro_gradient, accumulation)
-            if accumulation > 1 and mesh.shape["data"] > 1:
-                accumulated = _on_replicas(accumulated)
-            gradient, sums = accumulated(state.params, state.buffers, batch, key)
+            if mesh.shape["data"] > 1:
+                accumulated = _on_replicas(accumulated, shardings.params)
+            gradient, sums = accumulated(functions.cast(state.params), state.buffers, batch, key)
             return _updated(optimizer, state, gradient, sums, expert_bias_rate)
 
     return jax.jit(
@@ -79,8 +80,10 @@ def make_train_step(
 
 def make_eval_step(functions: FunctionalModel, objective: Objective, mesh: Mesh) -> Callable[[Tree, Tree, Batch], Sums]:
     """The jitted evaluation (params, buffers, batch) -> sums. It changes nothing, and its random key is always the same."""
+    whole = parameter_shardings(functions, mesh)
 
     def step(params: Tree, buffers: Tree, batch: Batch) -> Sums:
+        params = jax.lax.with_sharding_constraint(functions.cast(params), whole)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return objective(functions.bind(params, buffers), batch, random_key(0, Purpose.EVALUATION))
 
@@ -137,19 +140,37 @@ def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
         )
 
 
-def _on_replicas(accumulated: Callable) -> Callable:
-    """Lets each replica (mesh axis `data`) add up its own micro-batches, and sums over the replicas once, at the end.
+def _on_replicas(accumulated: Callable, shardings: Tree) -> Callable:
+    """Has each replica (mesh axis `data`) gather the parameters, add up its own micro-batches, and keep its part of the sum.
 
-    Left to itself, XLA would make each micro-batch's gradient that of all replicas, with an all-reduce for each of them.
+    So the replicas meet twice a step, whatever the accumulation. Left to itself, XLA would make each micro-batch's gradient that
+    of all replicas. The gradient is summed in float32.
+
+    Args:
+      shardings: of the parameters, each split over the replicas along one axis or along none.
     """
+    on_data = lambda entry: "data" in (entry if isinstance(entry, tuple) else (entry,))
+    specs = jax.tree.map(lambda each: PartitionSpec(*("data" if on_data(entry) else None for entry in each.spec)), shardings)
+    axis_of = lambda spec: next((axis for axis, entry in enumerate(spec) if entry == "data"), None)
+
+    def gather(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        axis = axis_of(spec)
+        return leaf if axis is None else jax.lax.all_gather(leaf, "data", axis=axis, tiled=True)
+
+    def part_of_sum(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        axis = axis_of(spec)
+        if axis is None:
+            return jax.lax.psum(leaf, "data")
+        return jax.lax.psum_scatter(leaf, "data", scatter_dimension=axis, tiled=True)
 
     def on_replica(params: Tree, buffers: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Sums]:
         key = jax.random.fold_in(key, jax.lax.axis_index("data"))
-        return jax.lax.psum(accumulated(params, buffers, batch, key), "data")
+        gradient, sums = accumulated(jax.tree.map(gather, params, specs), buffers, batch, key)
+        return jax.tree.map(part_of_sum, gradient, specs), jax.lax.psum(sums, "data")
 
-    whole, rows = PartitionSpec(), PartitionSpec("data")
+    same, rows = PartitionSpec(), PartitionSpec("data")
     return jax.shard_map(
-        on_replica, in_specs=(whole, whole, rows, whole), out_specs=whole, axis_names={"data"}, check_vma=False
+        on_replica, in_specs=(specs, same, rows, same), out_specs=(specs, same), axis_names={"data"}, check_vma=False
     )  # fmt: skip
 
 

@@ -121,13 +121,10 @@ def test_loss_and_its_gradient_equal_torch_cross_entropy_over_the_whole_vocabula
         """A model whose hidden states are given."""
 
         def __init__(self, table):
-            self.table = table
+            self.head = table
 
         def __call__(self, tokens, segment_ids, positions):
             return DecoderOutput(jnp.asarray(hidden), None, None)
-
-        def logits(self, hidden):
-            return hidden @ self.table.T
 
     loss = lambda table: next_token_objective(LossConfig(block=block))(Head(table), PACKED, jax.random.key(0)).loss
     embedding = _model()[1]["embed"]["embedding"]

@@ -35,16 +35,16 @@ def _bytes(leaf, sharding):
 
 
 def test_parameters_and_their_moments_are_split_alike():
-    """By hand: embed over fsdp; heads, mlp, channels and vocab over tensor; what 2 does not divide stays whole."""
+    """By hand: embed over fsdp; heads, mlp, channels and vocab over tensor; then the first axis, a free one rather, over data."""
     state = _abstract(TINY)
     expected = {
-        ("embed", "embedding"): PartitionSpec("tensor", "fsdp"),
-        ("layers", 0, "operator", "in_proj"): PartitionSpec("fsdp", None, "tensor"),
-        ("layers", 0, "operator", "kernel"): PartitionSpec(None, "tensor"),
-        ("layers", 0, "mlp", "down"): PartitionSpec("tensor", "fsdp"),
-        ("layers", 1, "operator", "k_proj"): PartitionSpec("fsdp", "tensor", None),
-        ("layers", 1, "moe", "gate"): PartitionSpec(None, "fsdp", "tensor"),
-        ("final_norm", "scale"): PartitionSpec("fsdp"),
+        ("embed", "embedding"): PartitionSpec(("data", "tensor"), "fsdp"),
+        ("layers", 0, "operator", "in_proj"): PartitionSpec(("data", "fsdp"), None, "tensor"),
+        ("layers", 0, "operator", "kernel"): PartitionSpec(None, ("data", "tensor")),
+        ("layers", 0, "mlp", "down"): PartitionSpec(("data", "tensor"), "fsdp"),
+        ("layers", 1, "operator", "k_proj"): PartitionSpec("fsdp", "tensor", "data"),
+        ("layers", 1, "moe", "gate"): PartitionSpec("data", "fsdp", "tensor"),
+        ("final_norm", "scale"): PartitionSpec(("data", "fsdp")),
     }
     adam = next(part for part in state.opt_state if hasattr(part, "mu"))
     for tree in (state.params, adam.mu, adam.nu):

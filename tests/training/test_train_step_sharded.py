@@ -147,15 +147,17 @@ def test_two_steps_on_eight_devices_equal_those_on_one(name, mesh_name):
     _assert_same(_trained(name, mesh_name), _trained(name, "one device"))
 
 
-def test_replicas_are_summed_once_a_step_whatever_the_accumulation():
-    """What the loop over micro-batches reduces it reduces over groups of one device each; all four meet outside of it, once."""
+def test_replicas_meet_twice_a_step_whatever_the_accumulation():
+    """In the loop over micro-batches no device hears of another; outside of it all four gather parameters and sum gradients."""
     _assert_same(_trained("dense", "replicas", 2), _trained("dense", "one device"))
     computations = _step("dense", "replicas", 2).as_text().split("\n\n")
     (entry,) = (text for text in computations if text.startswith("ENTRY"))
     loops = [text for text in computations if text is not entry]
-    groups = lambda text: re.findall(r" all-reduce\(.*replica_groups=(\S+), use", text)
-    assert " while(" in entry and groups(entry) in (["{{0,1,2,3}}"], ["[1,4]<=[4]"])
-    assert {group for text in loops for group in groups(text)} <= {"{{0},{1},{2},{3}}"}
+    collectives = lambda text: set(re.findall(r" (all-reduce|all-gather|reduce-scatter)\(.*replica_groups=([^ ]+), ", text))
+    everyone = "{{0,1,2,3}}", "[1,4]<=[4]"
+    assert " while(" in entry and {kind for kind, _ in collectives(entry)} == {"all-reduce", "all-gather", "reduce-scatter"}
+    assert all(group in everyone for _, group in collectives(entry))
+    assert {group for text in loops for _, group in collectives(text)} <= {"{{0},{1},{2},{3}}"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""Cross-entropy of a linear head, block by block: the logits of a whole sequence never exist."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lfm_jax.arrays import Hidden, Tokens
+from lfm_jax.sharding import map_shards, max_shards, shard_index, sum_shards
+
+
+class _Settings(NamedTuple):
+    """z_loss, block: as in `LossConfig`; split: whether the vocabulary is split over devices."""
+
+    z_loss: float
+    block: int
+    split: bool
+
+
+def linear_cross_entropy(
+    hidden: Hidden, head: jax.Array, targets: Tokens, weights: jax.Array, *, z_loss: float, block: int
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sums over all positions of -log p(target) + z_loss * logsumexp^2, and of -log p(target) alone.
+
+    With logits l = head h and n = logsumexp(l), the gradient of a position's loss by l is (1 + 2 z_loss n) softmax(l) - onehot.
+    It is taken in the forward pass, while the logits of a block are there, and not by computing them again: the gradients by
+    hidden and head are kept for the backward pass, which scales them (as Liger Kernel does, Hsu et al. 2024, 2410.10989, section
+    3.2). The head's adds up over the blocks in float32. Softmax and sums are in float32, the products in the type of `hidden`.
+
+    Args:
+      hidden: [batch, seq, embed]; head: [vocab, embed]; targets: [batch, seq] int32; weights: [batch, seq] float32.
+      block: positions of every row whose logits exist at one time.
+    Returns:
+      Two float32 scalars. Only the first has a gradient.
+    """
+    vocab = head.shape[0]
+
+    def on_shard(hidden: Hidden, head: jax.Array, targets: Tokens, weights: jax.Array):
+        split = head.shape[0] < vocab
+        ids = targets - shard_index("vocab") * head.shape[0] if split else targets
+        sums = _summed(_Settings(z_loss, block, split), hidden, head, ids, weights)
+        return jax.tree.map(lambda total: total[None, None], sums)  # a [batch, seq] of one position for each device
+
+    rows = ("batch", "seq")
+    loss, nll = map_shards(
+        on_shard, [hidden, head, targets, weights], [(*rows, None), ("vocab", None), rows, rows], (rows, rows)
+    )  # fmt: skip
+    return jnp.sum(loss), jax.lax.stop_gradient(jnp.sum(nll))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(settings: _Settings, hidden: Hidden, head: jax.Array, ids: Tokens, weights: jax.Array):
+    """The two sums over this device's rows; ids count from the first row of its part of the head."""
+    add = lambda sums, piece: (jax.tree.map(jnp.add, sums, _block(settings, head, *piece)[0]), None)
+    zero = jnp.zeros((), jnp.float32)
+    return jax.lax.scan(add, (zero, zero), _blocks(settings.block, hidden, ids, weights))[0]
+
+
+def _summed_forward(settings: _Settings, hidden: Hidden, head: jax.Array, ids: Tokens, weights: jax.Array):
+    def add(carry, piece):
+        sums, by_head = carry
+        found, by_logits = _block(settings, head, *piece)
+        by_logits = by_logits.astype(hidden.dtype)
+        by_hidden = jnp.einsum("bsv,ve->bse", by_logits, head, preferred_element_type=hidden.dtype)
+        by_head += jnp.einsum("bsv,bse->ve", by_logits, piece[0], preferred_element_type=jnp.float32)
+        return (jax.tree.map(jnp.add, sums, found), by_head), by_hidden
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero), jnp.zeros(head.shape, jnp.float32)
+    (sums, by_head), by_hidden = jax.lax.scan(add, start, _blocks(settings.block, hidden, ids, weights))
+    by_hidden = jnp.moveaxis(by_hidden, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
+    return sums, (by_hidden, by_head.astype(head.dtype))
+
+
+def _summed_backward(settings: _Settings, kept: tuple[jax.Array, jax.Array], gradient: tuple[jax.Array, jax.Array]):
+    by_loss, _ = gradient
+    # Devices that hold parts of the vocabulary return the same sum, and each gets its share of that sum's gradient.
+    by_loss = sum_shards(by_loss, "vocab") if settings.split else by_loss
+    by_hidden, by_head = (array * by_loss.astype(array.dtype) for array in kept)
+    return by_hidden, by_head, None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
+
+
+def _blocks(block: int, hidden: Hidden, ids: Tokens, weights: jax.Array):
+    """[batch, seq, ...] each as [blocks, batch, block, ...]; what is added to the end weighs nothing."""
+    seq = ids.shape[1]
+    count = -(-seq // block)
+    size = -(-seq // count)
+
+    def split(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, ((0, 0), (0, count * size - seq), *((0, 0) for _ in x.shape[2:])))
+        return jnp.moveaxis(padded.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+
+    return split(hidden), split(ids), split(weights)
+
+
+def _block(settings: _Settings, head: jax.Array, hidden: Hidden, ids: Tokens, weights: jax.Array):
+    """The two sums over a block, and the gradient of the first by the logits of this device, [batch, seq, vocab] float32."""
+    over_vocab = lambda reduce, array: reduce(array, "vocab") if settings.split else array
+    logits = jnp.einsum("bse,ve->bsv", hidden, head, preferred_element_type=jnp.float32)
+    peak = over_vocab(max_shards, jnp.max(logits, axis=-1))
+    powers = jnp.exp(logits - peak[:, :, None])
+    total = over_vocab(sum_shards, jnp.sum(powers, axis=-1))
+    normalizer = peak + jnp.log(total)
+    # A masked sum, not a gather: it stays on the devices that hold a part of the vocabulary.
+    chosen = jnp.arange(logits.shape[-1])[None, None, :] == ids[:, :, None]
+    score = over_vocab(sum_shards, jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1))
+    nll = jnp.sum(weights * (normalizer - score))
+    loss = nll + settings.z_loss * jnp.sum(weights * jnp.square(normalizer))
+    slope = weights * (1 + 2 * settings.z_loss * normalizer) / total
+    by_logits = slope[:, :, None] * powers - jnp.where(chosen, weights[:, :, None], 0.0)
+    return (loss, nll), by_logits
