@@ -53,7 +53,8 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any]) -> T:
     """Builds the (nested, frozen) dataclass `cls` from a mapping of plain values.
 
     Understands bool, int, float, str, None, Literal, unions with None, tuples (from any sequence) and nested dataclasses (from a
-    mapping). An int is a float where a float is wanted; a bool is neither. Fields with a default may be left out.
+    mapping). An int is a float where a float is wanted; a bool is neither. Fields with a default may be left out; a mapping for a
+    field whose default is a dataclass leaves what it does not name as that default has it.
 
     Args:
       cls: the dataclass.
@@ -76,8 +77,7 @@ def with_defaults(cls: type, mapping: Mapping[str, Any]) -> dict[str, Any]:
     """The mapping, to be read, with every field that it leaves out: unchecked, and as `REQUIRED` where there is no default."""
     filled = {}
     for field in dataclasses.fields(cls):
-        default = field.default_factory() if field.default_factory is not _MISSING else field.default
-        value = mapping.get(field.name, default)
+        value = _over(_default(field), mapping[field.name]) if field.name in mapping else _default(field)
         kind = _own_types(cls)[field.name]
         inner = next((member for member in (kind, *get_args(kind)) if dataclasses.is_dataclass(member)), None)
         if inner and (_is_mapping(value) or value is _MISSING):
@@ -170,13 +170,28 @@ def _build_dataclass(cls: type, mapping: Any, path: str) -> Any:
     absent = [leaf for name in _required(cls) if name not in mapping for leaf in _leaves(hints[name], _join(path, name))]
     if absent:
         raise ConfigError(f"{', '.join(absent)}: there is no default, so a value must be given.")
-    values = {name: _build(hints[name], mapping[name], _join(path, name)) for name in mapping}
+    values = {
+        name: _build(hints[name], _over(_default(fields[name]), mapping[name]), _join(path, name)) for name in mapping
+    }  # fmt: skip
     try:
         return cls(**values)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"{path}: {error}" if path else str(error)) from error
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is _MISSING else field.default_factory()
+
+
+def _over(default: Any, value: Any) -> Any:
+    """What a field is given, over its default: a mapping for a field whose default is a dataclass changes that, and only that."""
+    if not (dataclasses.is_dataclass(default) and _is_mapping(value)):
+        return value
+    given = {name: value[name] for name in value}
+    kept = {field.name: getattr(default, field.name) for field in dataclasses.fields(default) if field.init}
+    return kept | {name: _over(kept.get(name), inner) for name, inner in given.items()}
 
 
 def _required(cls: type) -> list[str]:

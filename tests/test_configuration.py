@@ -228,6 +228,22 @@ def test_an_override_leaves_its_siblings():
     assert settings == {"model": {"embed_dim": 16, "rope": {"theta": 2.0}}}
 
 
+def test_a_field_of_a_default_leaves_the_rest_of_that_default():
+    """Not that of the class: here 1e6 and ()."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Study:
+        model: Model = Model(embed_dim=4, layer_types=("full_attention",), rope=Rope(theta=5.0), ropes=(Rope(),))
+
+    settings = {}
+    override(Study, settings, "model.embed_dim", "8")
+    expected = dataclasses.replace(Study().model, embed_dim=8)
+    assert from_mapping(Study, settings).model == expected
+    assert with_defaults(Study, settings) == to_mapping(Study(model=expected))
+    override(Study, settings, "model.sliding_rope.theta", "2.0")
+    assert from_mapping(Study, settings).model == dataclasses.replace(expected, sliding_rope=Rope(theta=2.0))
+
+
 def test_field_types_walks_into_dataclasses():
     assert field_types(Config)["model.sliding_rope.theta"] is float
     assert {path for path in field_types(Config) if path.startswith("model.")} == {

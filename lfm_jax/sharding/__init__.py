@@ -23,5 +23,6 @@ from lfm_jax.sharding.mesh import AXES, MeshConfig, make_mesh
 __all__ = [
     "AXES", "CHUNKS", "LogicalAxes", "MeshConfig", "activation_sharding", "check_split", "constrain",
     "dealt_order", "ends_before", "gather_shards", "in_sequence", "make_mesh", "map_dealt", "map_shards", "max_shards",
-    "parameter_sharding", "shard_count", "shard_index", "state_sharding", "sum_and_scatter_shards", "sum_shards", "target_platform",
+    "parameter_sharding", "shard_count", "shard_index", "state_sharding", "sum_and_scatter_shards", "sum_shards",
+    "target_platform",
 ]
