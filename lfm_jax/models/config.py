@@ -134,7 +134,7 @@ class ComputeConfig:
     """How the model is computed; none of it changes what is computed beyond rounding.
 
     dtype: of activations and of the weights as they enter a matmul. "auto": bfloat16 on an accelerator, float32 on a CPU.
-    short_conv, attention: implementations (see `lfm_jax.kernels`).
+    short_conv, attention, grouped_matmul: implementations (see `lfm_jax.kernels`).
     remat: what the backward pass computes again: "none" of a block, "dots" (all but the matmuls), or the "full" block.
     scan_layers: blocks that repeat run in a loop, which compiles several times sooner (docs/benchmarks/pod_plan.md); their
       parameters are stacked for it in every step.
@@ -143,5 +143,6 @@ class ComputeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     short_conv: Literal["auto", "pallas", "reference"] = "auto"
     attention: Literal["auto", "splash", "reference"] = "auto"
+    grouped_matmul: Literal["auto", "pallas", "reference"] = "auto"
     remat: Literal["none", "dots", "full"] = "none"
     scan_layers: bool = False

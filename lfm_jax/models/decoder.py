@@ -42,7 +42,7 @@ class Block(nnx.Module):
             self.post_operator_norm, self.post_ffn_norm = norm(), norm()
         self.operator = OPERATORS[config.layer_types[index]](config, compute, residual_gain=gain, rngs=rngs)
         if config.is_moe_layer(index):
-            self.moe = MoE(config.embed_dim, config.moe, residual_gain=gain, dtype=dtype, rngs=rngs)
+            self.moe = MoE(config.embed_dim, config.moe, compute, residual_gain=gain, rngs=rngs)
         else:
             self.mlp = MLP(config.embed_dim, config.mlp_dim, residual_gain=gain, dtype=dtype, rngs=rngs)
         self.routed = config.is_moe_layer(index)

@@ -5,10 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lfm_jax.arrays import Hidden
-from lfm_jax.models.config import MoEConfig
-from lfm_jax.models.layers import parameter, project
+from lfm_jax.kernels import grouped_matmul
+from lfm_jax.models.config import ComputeConfig, MoEConfig
+from lfm_jax.models.layers import PROJECTED, compute_dtype, parameter, project
 from lfm_jax.sharding import gather_shards, map_shards, shard_index, sum_and_scatter_shards, sum_shards
 
 
@@ -16,44 +18,88 @@ class ExpertBias(nnx.Variable):
     """Added to the router's scores for the choice alone. It balances the load and carries no gradient."""
 
 
+def _copies(x: jax.Array, tokens: jax.Array, places: jax.Array) -> jax.Array:
+    """Rows of x, [tokens, embed], as often as they are chosen: row i of [copies, embed] is that of tokens[i]. places: where the
+    copies of each token went, [top_k, tokens]. Nothing is sent back by scattering: `_sums` gathers."""
+    del places
+    return x.at[tokens].get(mode="promise_in_bounds")
+
+
+def _sums(rows: jax.Array, tokens: jax.Array, places: jax.Array) -> jax.Array:
+    """The sum of each token's copies, in float32: the transpose of `_copies`."""
+    del tokens
+    # One by one: a reduction over an axis as short as top_k takes the TPU five times as long.
+    return sum(rows.at[place].get(mode="promise_in_bounds").astype(jnp.float32) for place in places).astype(rows.dtype)
+
+
+def _transposed(function, transpose):
+    """`function(x, tokens, places)` whose gradient is `transpose` with the same places."""
+    differentiable = jax.custom_vjp(function)
+    differentiable.defvjp(
+        lambda x, *where: (function(x, *where), where), lambda where, gradient: (transpose(gradient, *where), None, None)
+    )  # fmt: skip
+    return differentiable
+
+
+_spread, _collect = _transposed(_copies, _sums), _transposed(_sums, _copies)
+
+
 def expert_mlp(
-    x: jax.Array, experts: jax.Array, weights: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
+    x: jax.Array, experts: jax.Array, weights: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, implementation: str
 ) -> jax.Array:
-    """sum_k weights[t, k] * MLP_{experts[t, k]}(x[t]) as three grouped matmuls over the tokens sorted by expert.
+    """sum_k weights[k, t] * MLP_{experts[k, t]}(x[t]) as grouped matmuls over the tokens' copies sorted by expert.
+
+    A copy is weighted before its last matmul: the gradient of the weight then comes with that of the hidden layer, and neither
+    the copies' outputs nor the matmul that makes them are needed again.
 
     Args:
-      x: [batch, seq, embed]; experts: [batch, seq, top_k] int32, where an id that is none of those here adds nothing;
-      weights: [batch, seq, top_k] float32.
+      x: [tokens, embed]; experts: [top_k, tokens] int32, where an id that is none of those here adds nothing;
+      weights: [top_k, tokens] float32.
       gate, up: [experts, embed, mlp]; down: [experts, mlp, embed].
+      implementation: of `grouped_matmul`.
     """
-    top_k, embed, count = experts.shape[-1], x.shape[-1], gate.shape[0]
+    count = gate.shape[0]
     here = (experts >= 0) & (experts < count)
-    experts = jnp.where(here, experts, count).reshape(-1)  # the others go to the end, behind all groups
-    order = jnp.argsort(experts, stable=True)
-    sizes = jnp.bincount(experts, length=count).astype(jnp.int32)
-    grouped = x.reshape(-1, embed)[order // top_k]
-    # What a grouped matmul leaves behind its last group need not be a number, nor what its gradient does.
-    grouped = jnp.where((jnp.arange(experts.size) < jnp.sum(sizes))[:, None], grouped, 0)
-    hidden = jax.nn.silu(jax.lax.ragged_dot(grouped, gate, sizes)) * jax.lax.ragged_dot(grouped, up, sizes)
-    out = jax.lax.ragged_dot(hidden, down, sizes)[jnp.argsort(order)].reshape(*here.shape, embed)
-    out = jnp.where(here[..., None], out.astype(jnp.float32), 0.0)
-    return jnp.einsum("bske,bsk->bse", out, weights).astype(x.dtype)
+    ids = jnp.where(here, experts, count).reshape(-1)  # the others go to the end, behind all groups
+    order = jnp.argsort(ids, stable=True)
+    places = jnp.argsort(order)
+    where = order % x.shape[0], places.reshape(experts.shape)
+    sizes = jnp.sum(ids[None, :] == jnp.arange(count)[:, None], axis=1, dtype=jnp.int32)
+    weights = _spread(weights.reshape(-1), order, places[None, :])
+    hidden = _hidden(_spread(x, *where), weights, gate, up, sizes, implementation)
+    (out,) = grouped_matmul(hidden, (down,), sizes, implementation=implementation)
+    return _collect(out, *where)
 
 
-def _on_shard(config: MoEConfig, x, experts, weights, gate, up, down):
+def _hidden(rows, weights, gate, up, sizes, implementation) -> jax.Array:
+    """weights[i] * silu(gate(row i)) * up(row i), [copies, mlp]."""
+    both = grouped_matmul(rows, (gate, up), sizes, implementation=implementation)
+    gates, ups = (checkpoint_name(array, PROJECTED).astype(jnp.float32) for array in both)
+    return (jax.nn.silu(gates) * ups * weights[:, None]).astype(rows.dtype)
+
+
+def _on_shard(config: MoEConfig, implementation: str, x, experts, weights, gate, up, down):
     """`expert_mlp` where this device has a part of the tokens, of the experts, and of the width of each.
 
     Devices that share the experts get each other's tokens, compute what their own experts add to them, and sum it up at home.
+
+    Args:
+      x: [batch, seq, embed]; experts, weights: [top_k, batch, seq].
     """
-    owned = gate.shape[0]
+    owned, shape = gate.shape[0], x.shape
+    x = x.reshape(-1, shape[-1])
+    experts, weights = (array.reshape(config.experts_per_token, -1) for array in (experts, weights))
     shared = owned < config.num_experts
     if shared:
-        x, experts, weights = (gather_shards(array, "expert", axis=0) for array in (x, experts, weights))
+        x = gather_shards(x, "expert", axis=0)
+        experts, weights = (gather_shards(array, "expert", axis=1) for array in (experts, weights))
         experts = experts - owned * shard_index("expert")
-    out = expert_mlp(x, experts, weights, gate, up, down)
+    out = expert_mlp(x, experts, weights, gate, up, down, implementation)
     if gate.shape[2] < config.mlp_dim:
         out = sum_shards(out, "mlp")
-    return sum_and_scatter_shards(out, "expert", axis=0) if shared else out
+    if shared:
+        out = sum_and_scatter_shards(out, "expert", axis=0)
+    return out.reshape(shape)
 
 
 class MoE(nnx.Module):
@@ -63,16 +109,15 @@ class MoE(nnx.Module):
     their sum (+ 1e-6) if `normalize_weights`, times `scaling_factor`. The router works in float32.
     """
 
-    def __init__(self, embed: int, config: MoEConfig, *, residual_gain: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, embed: int, config: MoEConfig, compute: ComputeConfig, *, residual_gain: float, rngs: nnx.Rngs):
+        self.config, self.dtype, self.implementation = config, compute_dtype(compute), compute.grouped_matmul
         experts, mlp = config.num_experts, config.mlp_dim
         self.router = parameter(rngs, (embed, experts), ("embed", None), embed, jnp.dtype(jnp.float32))
-        self.gate = parameter(rngs, (experts, embed, mlp), ("expert", "embed", "mlp"), embed, dtype)
-        self.up = parameter(rngs, (experts, embed, mlp), ("expert", "embed", "mlp"), embed, dtype)
-        self.down = parameter(rngs, (experts, mlp, embed), ("expert", "mlp", "embed"), mlp, dtype, residual_gain)
+        self.gate = parameter(rngs, (experts, embed, mlp), ("expert", "embed", "mlp"), embed, self.dtype)
+        self.up = parameter(rngs, (experts, embed, mlp), ("expert", "embed", "mlp"), embed, self.dtype)
+        self.down = parameter(rngs, (experts, mlp, embed), ("expert", "mlp", "embed"), mlp, self.dtype, residual_gain)
         if config.expert_bias:
             self.expert_bias = ExpertBias(jnp.zeros(experts), axes=(None,))
-        self.config = config
-        self.dtype = dtype
 
     def route(self, x: Hidden) -> tuple[jax.Array, jax.Array]:
         """The chosen experts [batch, seq, top_k] int32 and their weights [batch, seq, top_k] float32."""
@@ -88,13 +133,14 @@ class MoE(nnx.Module):
     def __call__(self, x: Hidden, valid: jax.Array | None) -> tuple[Hidden, jax.Array]:
         """The output and the tokens that chose each expert, [experts] float32, padding (valid False) not counted."""
         experts, weights = self.route(x)
-        token = ("batch", "seq", None)
+        token, copies = ("batch", "seq", None), (None, "batch", "seq")
         matrices = [matrix[...].astype(self.dtype) for matrix in (self.gate, self.up, self.down)]
         # Each device sorts and multiplies its own tokens: a sort over the whole batch would move all of them.
         widening, narrowing = ("expert", None, "mlp"), ("expert", "mlp", None)
+        by_choice = [jnp.moveaxis(array, -1, 0) for array in (experts, weights)]
         out = map_shards(
-            functools.partial(_on_shard, self.config), [x, experts, weights, *matrices],
-            [token, token, token, widening, widening, narrowing], token,
+            functools.partial(_on_shard, self.config, self.implementation), [x, *by_choice, *matrices],
+            [token, copies, copies, widening, widening, narrowing], token,
         )  # fmt: skip
         chosen = jax.nn.one_hot(experts, self.config.num_experts, dtype=jnp.float32)
         if valid is not None:

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lfm_jax.models.config import MoEConfig
+from lfm_jax.models.config import ComputeConfig, MoEConfig
 from lfm_jax.models.moe import ExpertBias, MoE
 
 CONFIG = MoEConfig(num_experts=6, experts_per_token=2, mlp_dim=16, scaling_factor=1.7)
 
 
 def _moe(config=CONFIG):
-    moe = MoE(8, config, residual_gain=1.0, dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(0))
+    moe = MoE(8, config, ComputeConfig(dtype="float32"), residual_gain=1.0, rngs=nnx.Rngs(0))
     if config.expert_bias:
         moe.expert_bias[...] = jnp.asarray([0.9, -0.9, 0.0, 0.4, -0.2, 0.1])
     return moe
