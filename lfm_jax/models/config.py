@@ -135,6 +135,8 @@ class ComputeConfig:
 
     dtype: of activations and of the weights as they enter a matmul. "auto": bfloat16 on an accelerator, float32 on a CPU.
     short_conv, attention, grouped_matmul: implementations (see `lfm_jax.kernels`).
+    expert_exchange: how tokens meet experts that other devices have: "gather" (each device gets all tokens of those that share
+      the experts, and sums up at home) or "all_to_all" (each copy of a token travels to its expert and back).
     remat: what the backward pass computes again: "none" of a block, "dots" (all but the matmuls), or the "full" block.
     scan_layers: blocks that repeat run in a loop, which compiles several times sooner (docs/benchmarks/pod_plan.md); their
       parameters are stacked for it in every step.
@@ -144,5 +146,6 @@ class ComputeConfig:
     short_conv: Literal["auto", "pallas", "reference"] = "auto"
     attention: Literal["auto", "splash", "reference"] = "auto"
     grouped_matmul: Literal["auto", "pallas", "reference"] = "auto"
+    expert_exchange: Literal["gather", "all_to_all"] = "gather"
     remat: Literal["none", "dots", "full"] = "none"
     scan_layers: bool = False

@@ -11,7 +11,15 @@ from lfm_jax.arrays import Hidden
 from lfm_jax.kernels import grouped_matmul
 from lfm_jax.models.config import ComputeConfig, MoEConfig
 from lfm_jax.models.layers import PROJECTED, compute_dtype, parameter, project
-from lfm_jax.sharding import gather_shards, map_shards, shard_index, sum_and_scatter_shards, sum_shards
+from lfm_jax.sharding import (
+    Pieces,
+    exchange_rows,
+    gather_shards,
+    map_shards,
+    shard_index,
+    sum_and_scatter_shards,
+    sum_shards,
+)
 
 
 class ExpertBias(nnx.Variable):
@@ -44,6 +52,33 @@ def _transposed(function, transpose):
 _spread, _collect = _transposed(_copies, _sums), _transposed(_sums, _copies)
 
 
+def _by_expert(experts: jax.Array, count: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
+    """Sorts the copies of tokens by expert; those of an id that is none of 0 to count - 1 go to the end.
+
+    Args:
+      experts: [top_k, tokens] int32.
+    Returns:
+      Which copy (of them all, flat) is in each place; (token in each place, places of each token's copies), for `_spread` and
+      `_collect`; and the copies of each expert, [count].
+    """
+    ids = jnp.where((experts >= 0) & (experts < count), experts, count).reshape(-1)
+    order = jnp.argsort(ids, stable=True)
+    where = order % experts.shape[1], jnp.argsort(order).reshape(experts.shape)
+    return order, where, jnp.sum(ids[None, :] == jnp.arange(count)[:, None], axis=1, dtype=jnp.int32)
+
+
+def _weighted(weights: jax.Array, order: jax.Array, where: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The weights [top_k, tokens] in the order of the sorted copies, [copies, 1]."""
+    return _spread(weights.reshape(-1), order, where[1].reshape(1, -1))[:, None]
+
+
+def _hidden(rows: jax.Array, gate: jax.Array, up: jax.Array, sizes: jax.Array, implementation: str) -> jax.Array:
+    """silu(gate(row)) * up(row), [copies, mlp] float32."""
+    both = grouped_matmul(rows, (gate, up), sizes, implementation=implementation)
+    gates, ups = (checkpoint_name(array, PROJECTED).astype(jnp.float32) for array in both)
+    return jax.nn.silu(gates) * ups
+
+
 def expert_mlp(
     x: jax.Array, experts: jax.Array, weights: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, implementation: str
 ) -> jax.Array:
@@ -58,47 +93,74 @@ def expert_mlp(
       gate, up: [experts, embed, mlp]; down: [experts, mlp, embed].
       implementation: of `grouped_matmul`.
     """
-    count = gate.shape[0]
-    here = (experts >= 0) & (experts < count)
-    ids = jnp.where(here, experts, count).reshape(-1)  # the others go to the end, behind all groups
-    order = jnp.argsort(ids, stable=True)
-    places = jnp.argsort(order)
-    where = order % x.shape[0], places.reshape(experts.shape)
-    sizes = jnp.sum(ids[None, :] == jnp.arange(count)[:, None], axis=1, dtype=jnp.int32)
-    weights = _spread(weights.reshape(-1), order, places[None, :])
-    hidden = _hidden(_spread(x, *where), weights, gate, up, sizes, implementation)
-    (out,) = grouped_matmul(hidden, (down,), sizes, implementation=implementation)
+    order, where, sizes = _by_expert(experts, gate.shape[0])
+    hidden = _hidden(_spread(x, *where), gate, up, sizes, implementation) * _weighted(weights, order, where)
+    (out,) = grouped_matmul(hidden.astype(x.dtype), (down,), sizes, implementation=implementation)
     return _collect(out, *where)
 
 
-def _hidden(rows, weights, gate, up, sizes, implementation) -> jax.Array:
-    """weights[i] * silu(gate(row i)) * up(row i), [copies, mlp]."""
-    both = grouped_matmul(rows, (gate, up), sizes, implementation=implementation)
-    gates, ups = (checkpoint_name(array, PROJECTED).astype(jnp.float32) for array in both)
-    return (jax.nn.silu(gates) * ups * weights[:, None]).astype(rows.dtype)
+def _gathered(config: MoEConfig, implementation: str, x, experts, weights, gate, up, down) -> jax.Array:
+    """Devices that share the experts get each other's tokens, compute what their own experts add, and sum it up at home."""
+    x = gather_shards(x, "expert", axis=0)
+    experts, weights = (gather_shards(array, "expert", axis=1) for array in (experts, weights))
+    experts = experts - gate.shape[0] * shard_index("expert")
+    return sum_and_scatter_shards(expert_mlp(x, experts, weights, gate, up, down, implementation), "expert", axis=0)
 
 
-def _on_shard(config: MoEConfig, implementation: str, x, experts, weights, gate, up, down):
+def _exchanged(config: MoEConfig, implementation: str, x, experts, weights, gate, up, down) -> jax.Array:
+    """Every copy of a token travels to the device that has its expert and back home, where it is weighted.
+
+    All copies might go to one device, so each has room for the copies of all.
+    """
+    owned, (top_k, tokens) = gate.shape[0], experts.shape
+    order, where, sizes = _by_expert(experts, config.num_experts)
+    outgoing, incoming, groups = _pieces(gather_shards(sizes[None], "expert", axis=0), owned, shard_index("expert"))
+    room = config.num_experts // owned * tokens * min(top_k, owned)
+    rows = exchange_rows(_spread(x, *where), "expert", room, outgoing, incoming)
+    hidden = _hidden(rows, gate, up, groups, implementation).astype(x.dtype)
+    (out,) = grouped_matmul(hidden, (down,), groups, implementation=implementation)
+    out = exchange_rows(out, "expert", top_k * tokens, incoming, outgoing)
+    return _collect((out.astype(jnp.float32) * _weighted(weights, order, where)).astype(x.dtype), *where)
+
+
+def _pieces(sizes: jax.Array, owned: int, device: jax.Array) -> tuple[Pieces, Pieces, jax.Array]:
+    """What this device sends and gets, a piece for each expert, and the copies that its own experts get.
+
+    It has its own copies sorted by expert, and those for its experts sorted by expert, then by the device that they come from.
+
+    Args:
+      sizes: [devices, experts], copies that each device has for each expert.
+      owned: experts of a device.
+    """
+    devices, experts = sizes.shape
+    total = jnp.sum(sizes, axis=0)
+    among_owned = (jnp.cumsum(total.reshape(devices, owned), axis=1) - total.reshape(devices, owned)).reshape(1, experts)
+    at_home = jnp.cumsum(sizes, axis=1) - sizes
+    abroad = jnp.cumsum(sizes, axis=0) - sizes + among_owned
+    own = lambda table: jax.lax.dynamic_slice_in_dim(table, device * owned, owned, axis=table.ndim - 1)
+    outgoing = Pieces(at_home[device], abroad[device], sizes[device])
+    incoming = Pieces(*(own(table).reshape(-1) for table in (abroad, at_home, sizes)))
+    return outgoing, incoming, own(total)
+
+
+_OVER_DEVICES = {"gather": _gathered, "all_to_all": _exchanged}
+
+
+def _on_shard(config: MoEConfig, implementation: str, exchange: str, x, experts, weights, gate, up, down) -> jax.Array:
     """`expert_mlp` where this device has a part of the tokens, of the experts, and of the width of each.
-
-    Devices that share the experts get each other's tokens, compute what their own experts add to them, and sum it up at home.
 
     Args:
       x: [batch, seq, embed]; experts, weights: [top_k, batch, seq].
     """
-    owned, shape = gate.shape[0], x.shape
+    shape = x.shape
     x = x.reshape(-1, shape[-1])
     experts, weights = (array.reshape(config.experts_per_token, -1) for array in (experts, weights))
-    shared = owned < config.num_experts
-    if shared:
-        x = gather_shards(x, "expert", axis=0)
-        experts, weights = (gather_shards(array, "expert", axis=1) for array in (experts, weights))
-        experts = experts - owned * shard_index("expert")
-    out = expert_mlp(x, experts, weights, gate, up, down, implementation)
+    if gate.shape[0] < config.num_experts:
+        out = _OVER_DEVICES[exchange](config, implementation, x, experts, weights, gate, up, down)
+    else:
+        out = expert_mlp(x, experts, weights, gate, up, down, implementation)
     if gate.shape[2] < config.mlp_dim:
         out = sum_shards(out, "mlp")
-    if shared:
-        out = sum_and_scatter_shards(out, "expert", axis=0)
     return out.reshape(shape)
 
 
@@ -110,7 +172,8 @@ class MoE(nnx.Module):
     """
 
     def __init__(self, embed: int, config: MoEConfig, compute: ComputeConfig, *, residual_gain: float, rngs: nnx.Rngs):
-        self.config, self.dtype, self.implementation = config, compute_dtype(compute), compute.grouped_matmul
+        self.config, self.dtype = config, compute_dtype(compute)
+        self.implementation, self.exchange = compute.grouped_matmul, compute.expert_exchange
         experts, mlp = config.num_experts, config.mlp_dim
         self.router = parameter(rngs, (embed, experts), ("embed", None), embed, jnp.dtype(jnp.float32))
         self.gate = parameter(rngs, (experts, embed, mlp), ("expert", "embed", "mlp"), embed, self.dtype)
@@ -139,7 +202,7 @@ class MoE(nnx.Module):
         widening, narrowing = ("expert", None, "mlp"), ("expert", "mlp", None)
         by_choice = [jnp.moveaxis(array, -1, 0) for array in (experts, weights)]
         out = map_shards(
-            functools.partial(_on_shard, self.config, self.implementation), [x, *by_choice, *matrices],
+            functools.partial(_on_shard, self.config, self.implementation, self.exchange), [x, *by_choice, *matrices],
             [token, copies, copies, widening, widening, narrowing], token,
         )  # fmt: skip
         chosen = jax.nn.one_hot(experts, self.config.num_experts, dtype=jnp.float32)

@@ -4,9 +4,11 @@ from lfm_jax.sharding.context import CHUNKS, dealt_order, ends_before, in_sequen
 from lfm_jax.sharding.dealing import map_dealt
 from lfm_jax.sharding.logical import (
     LogicalAxes,
+    Pieces,
     activation_sharding,
     check_split,
     constrain,
+    exchange_rows,
     gather_shards,
     map_shards,
     max_shards,
@@ -21,8 +23,8 @@ from lfm_jax.sharding.logical import (
 from lfm_jax.sharding.mesh import AXES, MeshConfig, make_mesh
 
 __all__ = [
-    "AXES", "CHUNKS", "LogicalAxes", "MeshConfig", "activation_sharding", "check_split", "constrain",
-    "dealt_order", "ends_before", "gather_shards", "in_sequence", "make_mesh", "map_dealt", "map_shards", "max_shards",
-    "parameter_sharding", "shard_count", "shard_index", "state_sharding", "sum_and_scatter_shards", "sum_shards",
-    "target_platform",
+    "AXES", "CHUNKS", "LogicalAxes", "MeshConfig", "Pieces", "activation_sharding", "check_split", "constrain",
+    "dealt_order", "ends_before", "exchange_rows", "gather_shards", "in_sequence", "make_mesh", "map_dealt",
+    "map_shards", "max_shards", "parameter_sharding", "shard_count", "shard_index", "state_sharding",
+    "sum_and_scatter_shards", "sum_shards", "target_platform",
 ]

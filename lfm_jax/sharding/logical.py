@@ -4,10 +4,13 @@ Parameters and activations name what their axes *are* ("embed", "heads", "batch"
 split them. Code that computes never names a mesh axis, so a new parallelism is a change of this file alone.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 LogicalAxes = tuple[str | None, ...]
@@ -140,6 +143,62 @@ def sum_and_scatter_shards(x: jax.Array, name: str, axis: int) -> jax.Array:
 def shard_index(name: str) -> jax.Array:
     """Inside `map_shards`: which part of the logical axis `name` this device has."""
     return jax.lax.axis_index(ACTIVATION_RULES[name])
+
+
+class Pieces(NamedTuple):
+    """Runs of rows that a device exchanges, [devices * pieces of each], in the order of the devices at the other end.
+
+    here, there: the first row of each in this device's array and in the other's; sizes: rows.
+    """
+
+    here: jax.Array
+    there: jax.Array
+    sizes: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def exchange_rows(x: jax.Array, name: str, rows: int, outgoing: Pieces, incoming: Pieces) -> jax.Array:
+    """Inside `map_shards`: sends pieces of x to the devices that share the logical axis `name`, and gets theirs.
+
+    Args:
+      x: [rows here, ...]; rows: of the result.
+      outgoing: pieces of x, and where they go to in the results of the others. incoming: pieces of the result, and where they are
+        in the others' x. Each must be what the other devices' arguments say.
+    Returns:
+      [rows, ...]; rows that nobody sent may be anything.
+    """
+    axis = ACTIVATION_RULES[name]
+
+    def ragged(x: jax.Array, outgoing: Pieces, incoming: Pieces) -> jax.Array:
+        empty = jax.lax.empty((rows, *x.shape[1:]), x.dtype)
+        sent = outgoing.here, outgoing.sizes, outgoing.there
+        return jax.lax.ragged_all_to_all(x, empty, *sent, incoming.sizes, axis_name=axis)
+
+    def emulated(x: jax.Array, outgoing: Pieces, incoming: Pieces) -> jax.Array:
+        """XLA has no ragged all-to-all for CPUs. What nobody sent is NaN, so that tests fail where it is read."""
+        from_all = jax.lax.all_gather(x, axis, axis=0, tiled=True)
+        pieces = incoming.sizes.size
+        others = jnp.arange(pieces) // (pieces // (from_all.shape[0] // x.shape[0]))
+        offset = jnp.arange(rows)[:, None] - incoming.here[None, :]
+        inside = (offset >= 0) & (offset < incoming.sizes[None, :])
+        source = jnp.sum(jnp.where(inside, offset + (others * x.shape[0] + incoming.there)[None, :], 0), axis=1)
+        sent = jnp.any(inside, axis=1).reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(sent, from_all[source], jnp.nan)
+
+    return jax.lax.platform_dependent(x, outgoing, incoming, cpu=emulated, default=ragged)
+
+
+def _exchange_forward(x: jax.Array, name: str, rows: int, outgoing: Pieces, incoming: Pieces):
+    return exchange_rows(x, name, rows, outgoing, incoming), (outgoing, incoming, x.shape[0])
+
+
+def _exchange_backward(name: str, rows: int, saved, gradient: jax.Array):
+    outgoing, incoming, before = saved
+    returned = exchange_rows(gradient, name, before, incoming, outgoing)
+    return returned, None, None
+
+
+exchange_rows.defvjp(_exchange_forward, _exchange_backward)
 
 
 def map_shards(function: Callable, arguments: Sequence[jax.Array], in_axes: Sequence[LogicalAxes], out_axes):
