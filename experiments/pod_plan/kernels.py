@@ -59,6 +59,7 @@ class Kernel:
 
     grid: steps along each axis; parallel: which of the axes two cores may share; ragged: an axis is as long as data says, and its
     bound is given here.
+    row_blocks: of a ragged axis, the steps that it would take if every group ended with a block.
     prefetched: operands before those with a window; windows: by operand and then by result, None where the kernel copies itself.
     """
 
@@ -69,6 +70,7 @@ class Kernel:
     prefetched: int
     windows: tuple[Window | None, ...]
     loops: tuple[Loop, ...]
+    row_blocks: int = 0
 
     @property
     def steps(self) -> int:
@@ -99,19 +101,22 @@ def read_kernel(instruction: Instruction) -> Kernel:
         attributes = main.attributes
         bounds = tuple(attributes["iteration_bounds"]) if "iteration_bounds" in attributes else ()
         # What an axis of unknown length walks over is a table among the operands, which is no shorter.
-        tables = [math.prod(array.shape) for array in parse_arrays(instruction.attribute("operand_layout_constraints") or "")
-                  if array.dtype == "s32" and len(array.shape) == 1]  # fmt: skip
+        operands = parse_arrays(instruction.attribute("operand_layout_constraints") or "")
+        tables = [math.prod(array.shape) for array in operands if array.dtype == "s32" and len(array.shape) == 1]
         grid = tuple(max(tables, default=1) if bound < 0 else bound for bound in bounds)
         semantics = attributes["dimension_semantics"] if "dimension_semantics" in attributes else ["arbitrary"] * len(grid)
         windows = attributes["window_params"] if "window_params" in attributes else []
+        windows = tuple(_window(window, functions, grid) for window in windows)
+        rows = next((array.shape[0] for array in operands if len(array.shape) == 2), 0)
         return Kernel(
             name=attributes["sym_name"].value,
             grid=grid,
             parallel=tuple("parallel" in str(each) for each in semantics),
             ragged=grid != bounds,
             prefetched=attributes["scalar_prefetch"].value if "scalar_prefetch" in attributes else 0,
-            windows=tuple(_window(window, functions, grid) for window in windows),
+            windows=windows,
             loops=_loops(main.regions[0].blocks[0]),
+            row_blocks=-(-rows // windows[0].block[0]) if grid != bounds and windows and windows[0] else 0,
         )
 
 
@@ -238,7 +243,13 @@ def live_share(kernel: Kernel) -> float:
     Which blocks a mask leaves empty is data that the program does not show. Splash attention's grid has an axis of query blocks
     and one of key blocks. Where they are equally long the mask is taken to be causal, and (n + 1) / 2n of them work; a window has
     a shorter grid, of which all is counted, as it is for causal blocks that are no squares.
+
+    Our grouped matmul visits a block of rows once for each group in it, and takes in its loop the chunks that have rows of the
+    group: each chunk once, and once more for every group that begins within one.
     """
+    if kernel.name.startswith("grouped_matmul") and kernel.ragged:
+        visits, chunks = kernel.grid[1], kernel.loops[0].trips
+        return (kernel.row_blocks * chunks + visits - kernel.row_blocks) / (visits * chunks)
     if not kernel.name.startswith("splash") or len(kernel.grid) < 3:
         return 1.0
     # The gradient of keys and values walks over key blocks, heads and query blocks, the others over heads, query and key blocks.

@@ -129,7 +129,7 @@ def _multiply(lhs: Sequence[jax.Array], rhs: Matrices, group_sizes: jax.Array, *
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * contracted * columns,
-            bytes_accessed=size * (rows * (contracted + columns) + groups * contracted * columns),
+            bytes_accessed=size * (rows * (contracted * pl.cdiv(columns, width) + columns) + groups * contracted * columns),
             transcendentals=0,
         ),
         interpret=interpret,
@@ -186,7 +186,7 @@ def _multiply_groups(
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * k * columns,
-            bytes_accessed=size * (rows * (k + columns) + groups * k * columns),
+            bytes_accessed=size * (rows * (k * pl.cdiv(columns, width) + columns) + groups * k * columns),
             transcendentals=0,
         ),
         interpret=interpret,

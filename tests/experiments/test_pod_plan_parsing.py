@@ -259,6 +259,22 @@ def test_a_grouped_matmul_reads_each_expert_once():
     assert moved[True] <= 2 * (rows * (width * (out / 128) + out) + experts * width * out)
 
 
+def test_our_grouped_matmul_is_charged_for_the_chunks_that_it_takes():
+    """8 groups in 2,048 rows: 12 visits of at most 4 chunks; 16 chunks, and 8 that two groups share."""
+    from lfm_jax.kernels import grouped_matmul_tpu
+
+    shapes = lone((2048, 256)), (lone((8, 256, 512)),), lone((8,), jnp.int32)
+    program = Program(compiled(grouped_matmul_tpu.forward, *shapes).as_text())
+    ((computation, call),) = [
+        (computation, each) for computation in program.computations.values() for each in computation if kernels.is_kernel(each)
+    ]
+    kernel = kernels.read_kernel(call)
+    assert (kernel.name, kernel.grid, kernel.ragged, kernel.row_blocks) == ("grouped_matmul", (2, 12), True, 4)
+    assert [loop.trips for loop in kernel.loops] == [4, 4]
+    assert kernels.live_share(kernel) == (16 + 8) / 48
+    assert kernels.memory_bytes(kernel, computation, call) == 2 * (2 * 2048 * 256 + 8 * 256 * 512 + 2048 * 512)
+
+
 def test_causal_blocks_that_are_empty_cost_nothing():
     kernel = lambda name, grid: kernels.Kernel(name, grid, (False,) * 3, False, 0, (), ())
     assert kernels.live_share(kernel("splash_mha_fwd", (16, 4, 4))) == 10 / 16
