@@ -35,8 +35,7 @@ def make_train_step(
     The gradient is that of the sum of losses over the sum of weights of the whole batch, however the rows are dealt to
     micro-batches, devices and hosts. The metrics are float32 scalars on the device: `loss` and the objective's own, each over the
     weight; `tokens`, the weight; `gradient_norm` before clipping; `learning_rate`, where the optimizer's state has one; and for a
-    mixture of experts `router_imbalance` (1 is balanced; Wang et al. 2024 call this less 1 MaxVio). A batch without any
-    weight leaves the parameters as they are, with a loss of 0.
+    mixture of experts those of `router_metrics`. A batch without any weight leaves the parameters as they are, with a loss of 0.
 
     Args:
       seed: of the random numbers that an objective draws; they depend on it, on the step, and on how the rows are dealt to
@@ -220,15 +219,29 @@ def _updated(
         metrics["learning_rate"] = rate
     buffers = state.buffers
     if sums.router_counts is not None:
-        metrics["router_imbalance"] = _imbalance(sums.router_counts)
+        metrics |= router_metrics(sums.router_counts)
         buffers = _balanced(buffers, sums.router_counts, expert_bias_rate)
     return TrainState(state.step + 1, params, buffers, opt_state), metrics
 
 
-def _imbalance(counts: jax.Array) -> jax.Array:
-    """Tokens of the busiest expert over the mean of all, averaged over the layers."""
-    mean = jnp.mean(counts, axis=1)
-    return jnp.mean(jnp.where(mean > 0, jnp.max(counts, axis=1) / jnp.where(mean > 0, mean, 1), 1))
+def router_metrics(counts: jax.Array) -> Metrics:
+    """How even the load of the experts is, averaged over the layers.
+
+    `router_imbalance`: tokens of the busiest expert over the mean of all, 1 if even (Wang et al. 2024 call this less 1 MaxVio).
+    `router_idle_share`: experts that no token chose, of all. `router_effective_experts`: e to the entropy of the load, which is
+    the number of experts if even, and 1 if one has all.
+
+    Args:
+      counts: [moe layers, experts], tokens that chose each expert; a layer without tokens counts as even.
+    """
+    experts, total = counts.shape[1], jnp.sum(counts, axis=1, keepdims=True)
+    load = jnp.where(total > 0, counts / jnp.where(total > 0, total, 1), 1 / experts)
+    entropy = -jnp.sum(load * jnp.log(jnp.where(load > 0, load, 1)), axis=1)
+    return {
+        "router_imbalance": experts * jnp.mean(jnp.max(load, axis=1)),
+        "router_idle_share": jnp.mean(load == 0, dtype=jnp.float32),
+        "router_effective_experts": jnp.mean(jnp.exp(entropy)),
+    }
 
 
 def _balanced(buffers: Tree, counts: jax.Array, rate: float) -> Tree:
