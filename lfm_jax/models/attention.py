@@ -38,10 +38,11 @@ class Attention(nnx.Module):
         self.gated = config.attention_gate
         self.sliding_window = self.window(config)
         self.implementation = compute.attention
+        self.matmul = compute.matmul
         self.dtype = dtype
 
     def __call__(self, x: Hidden, context: Context, state: AttentionState | None) -> tuple[Hidden, AttentionState | None]:
-        heads = lambda weight: project(x, weight[...].astype(self.dtype))
+        heads = lambda weight: project(x, weight[...].astype(self.dtype), matmul=self.matmul)
         phases = context.rope[self.kind]
         query = constrain(apply_rope(self.q_norm(heads(self.q_proj)), phases), ("batch", "seq", "heads", None))
         key = constrain(apply_rope(self.k_norm(heads(self.k_proj)), phases), ("batch", "seq", "kv_heads", None))
@@ -63,7 +64,7 @@ class Attention(nnx.Module):
         if self.gated:
             gate = jax.nn.sigmoid(project(x, self.gate_proj[...].astype(self.dtype)).astype(jnp.float32))
             out = out * gate[..., None].astype(self.dtype)
-        return project(out, self.out_proj[...].astype(self.dtype), 2), state
+        return project(out, self.out_proj[...].astype(self.dtype), 2, matmul=self.matmul), state
 
     @classmethod
     def window(cls, config: ModelConfig) -> int | None:

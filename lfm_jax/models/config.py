@@ -137,6 +137,9 @@ class ComputeConfig:
     short_conv, attention, grouped_matmul: implementations (see `lfm_jax.kernels`).
     expert_exchange: how tokens meet experts that other devices have: "gather" (each device gets all tokens of those that share
       the experts, and sums up at home) or "all_to_all" (each copy of a token travels to its expert and back).
+    matmul: in which numbers the projections of operators and dense feed-forwards are multiplied, "plain" is `dtype`; see
+      `lfm_jax.models.quantization`, and docs/benchmarks/quantized_matmul.md for where it pays. TPU v5e and v6e multiply int8
+      faster, tpu7x fp8. Routers, experts, attention's gates and products, embeddings, norms and logits are always plain.
     remat: what the backward pass computes again: "none" of a block, "dots" (all but the matmuls), or the "full" block.
     scan_layers: blocks that repeat run in a loop, which compiles several times sooner (docs/benchmarks/pod_plan.md); their
       parameters are stacked for it in every step.
@@ -147,5 +150,6 @@ class ComputeConfig:
     attention: Literal["auto", "splash", "reference"] = "auto"
     grouped_matmul: Literal["auto", "pallas", "reference"] = "auto"
     expert_exchange: Literal["gather", "all_to_all"] = "gather"
+    matmul: Literal["plain", "int8", "fp8"] = "plain"
     remat: Literal["none", "dots", "full"] = "none"
     scan_layers: bool = False

@@ -44,7 +44,7 @@ class Block(nnx.Module):
         if config.is_moe_layer(index):
             self.moe = MoE(config.embed_dim, config.moe, compute, residual_gain=gain, rngs=rngs)
         else:
-            self.mlp = MLP(config.embed_dim, config.mlp_dim, residual_gain=gain, dtype=dtype, rngs=rngs)
+            self.mlp = MLP(config.embed_dim, config.mlp_dim, residual_gain=gain, dtype=dtype, matmul=compute.matmul, rngs=rngs)
         self.routed = config.is_moe_layer(index)
         self.sandwich = config.sandwich_norms
 

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lfm_jax.arrays import Hidden, Positions, Tokens
 from lfm_jax.models.config import ComputeConfig, RopeConfig
+from lfm_jax.models.quantization import Matmul, quantized_tensordot
 from lfm_jax.sharding import constrain, map_shards, shard_index, sum_shards
 
 
@@ -33,7 +34,9 @@ def parameter(
 PROJECTED = "projected"  # the name by which rematerialisation knows what `project` returns
 
 
-def project(x: jax.Array, weight: jax.Array, contracted: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
+def project(
+    x: jax.Array, weight: jax.Array, contracted: int = 1, dtype: jnp.dtype | None = None, matmul: Matmul = "plain"
+) -> jax.Array:
     """x times weight: `jnp.tensordot(x, weight, contracted)`, its gradients as matmuls that no layout makes slow.
 
     What autodiff derives for the weight is the transpose of the product below; XLA on CPUs copies an operand to undo that, and
@@ -41,10 +44,12 @@ def project(x: jax.Array, weight: jax.Array, contracted: int = 1, dtype: jnp.dty
 
     Args:
       x: [batch, seq, *inner]; weight: [*inner, *outer]; contracted: the number of inner axes; dtype: of the result, that of x
-        if None.
+        if None; matmul: in which numbers (see `ComputeConfig`); dtype is for "plain" alone.
     Returns:
       [batch, seq, *outer].
     """
+    if matmul != "plain":
+        return checkpoint_name(quantized_tensordot(x, weight, contracted, matmul), PROJECTED)
     return checkpoint_name(_tensordot(x, weight, contracted, dtype), PROJECTED)
 
 
@@ -137,16 +142,18 @@ class Embedding(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
-    def __init__(self, embed: int, mlp: int, *, residual_gain: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, embed: int, mlp: int, *, residual_gain: float, dtype: jnp.dtype, matmul: Matmul, rngs: nnx.Rngs):
         self.gate = parameter(rngs, (embed, mlp), ("embed", "mlp"), embed, dtype)
         self.up = parameter(rngs, (embed, mlp), ("embed", "mlp"), embed, dtype)
         self.down = parameter(rngs, (mlp, embed), ("mlp", "embed"), mlp, dtype, residual_gain)
         self.dtype = dtype
+        self.matmul = matmul
 
     def __call__(self, x: Hidden) -> Hidden:
-        gate = constrain(project(x, self.gate[...].astype(self.dtype)), ("batch", "seq", "mlp"))
-        up = constrain(project(x, self.up[...].astype(self.dtype)), ("batch", "seq", "mlp"))
-        return project(jax.nn.silu(gate) * up, self.down[...].astype(self.dtype))
+        times = lambda x, weight: project(x, weight[...].astype(self.dtype), matmul=self.matmul)
+        gate = constrain(times(x, self.gate), ("batch", "seq", "mlp"))
+        up = constrain(times(x, self.up), ("batch", "seq", "mlp"))
+        return times(jax.nn.silu(gate) * up, self.down)
 
 
 def rope_phases(positions: Positions, head_dim: int, config: RopeConfig) -> tuple[jax.Array, jax.Array]:

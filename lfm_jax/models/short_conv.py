@@ -41,12 +41,13 @@ class ShortConv(nnx.Module):
             self.out_bias = nnx.Param(jnp.zeros(embed), axes=("embed",))
         self.biased = config.conv_bias
         self.implementation = compute.short_conv
+        self.matmul = compute.matmul
         self.dtype = dtype
 
     def __call__(self, x: Hidden, context: Context, state: ConvState | None) -> tuple[Hidden, ConvState | None]:
         # The three parts on the leading axis: the matmul writes them apart, and no slice of a wider array is ever copied. An
         # einsum to "pbsc" says the same, but TPUs get a slower matmul for it (docs/benchmarks/short_conv.md).
-        bcx = project(x, self.in_proj[...].astype(self.dtype)).transpose(2, 0, 1, 3)
+        bcx = project(x, self.in_proj[...].astype(self.dtype), matmul=self.matmul).transpose(2, 0, 1, 3)
         if self.biased:
             bcx = bcx + self.in_bias[...].astype(self.dtype)[:, None, None, :]
         bcx = constrain(bcx, (None, "batch", "seq", "channels"))
@@ -61,7 +62,7 @@ class ShortConv(nnx.Module):
         )
         if state is not None:
             state = _last_window(state, bcx, context.new_lengths)
-        out = project(mixed, self.out_proj[...].astype(self.dtype))
+        out = project(mixed, self.out_proj[...].astype(self.dtype), matmul=self.matmul)
         if self.biased:
             out = out + self.out_bias[...].astype(self.dtype)[None, None, :]
         return out, state
