@@ -114,8 +114,12 @@ def find(program: Program, computation: Computation, instruction: Instruction) -
 def measure(torus: Torus, computation: Computation, instruction: Instruction) -> Collective:
     """Bytes and seconds of a collective."""
     kind = kind_of(instruction)
+    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # XLA's fusion of a sum with the slice of it that a device keeps
     operands = [computation.instructions[name] for name in instruction.operands]
     size = sum(array.bytes for operand in operands for array in operand.arrays)
+    if kind == "ragged-all-to-all":  # operand and result; the one that is fuller than it need be has room for the worst case
+        size = min(operand.arrays[0].bytes for operand in operands[:2])
     if kind == "collective-permute":
         return _permutation(torus, instruction, size)
     group = replica_groups(_groups_text(instruction), len(torus.coordinates))[0]

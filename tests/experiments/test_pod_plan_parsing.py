@@ -275,6 +275,20 @@ def test_our_grouped_matmul_is_charged_for_the_chunks_that_it_takes():
     assert kernels.memory_bytes(kernel, computation, call) == 2 * (2 * 2048 * 256 + 8 * 256 * 512 + 2048 * 512)
 
 
+def test_sums_of_which_a_slice_is_kept_and_ragged_exchanges_send_what_they_must():
+    """On 4 devices in a row of 2 x 2: 3 of 4 parts leave; of the two sides of an exchange, the smaller one."""
+    torus = collectives.Torus(CHIPS["v5p"], ((0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)))
+    lines = ["%x = bf16[64,128]{1,0} parameter(0)", "%room = bf16[256,128]{1,0} parameter(1)", "%n = s32[4]{0} parameter(2)"]
+    names = {each.name: each for each in map(hlo.parse_instruction, lines)}
+    reduce = hlo.parse_instruction("%r = bf16[64,128]{1,0} all-reduce(%x), replica_groups={}, to_apply=%add")
+    for name, factor in (("all-reduce-scatter.1", 1), ("sum", 2)):
+        found = collectives.measure(torus, hlo.Computation(name, names, "r"), reduce)
+        assert found.sent_bytes == factor * 3 / 4 * 2 * 64 * 128
+    for operands in ("%x, %room", "%room, %x"):
+        exchange = hlo.parse_instruction(f"%e = bf16[1]{{0}} ragged-all-to-all({operands}, %n, %n, %n, %n), replica_groups={{}}")
+        assert collectives.measure(torus, hlo.Computation("e", names, "e"), exchange).sent_bytes == 3 / 4 * 2 * 64 * 128
+
+
 def test_causal_blocks_that_are_empty_cost_nothing():
     kernel = lambda name, grid: kernels.Kernel(name, grid, (False,) * 3, False, 0, (), ())
     assert kernels.live_share(kernel("splash_mha_fwd", (16, 4, 4))) == 10 / 16
