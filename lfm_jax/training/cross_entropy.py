@@ -30,7 +30,7 @@ def linear_cross_entropy(
 
     Args:
       hidden: [batch, seq, embed]; head: [vocab, embed]; targets: [batch, seq] int32; weights: [batch, seq] float32.
-      block: positions of every row whose logits exist at one time.
+      block: tokens whose logits exist at one time, on each device.
     Returns:
       Two float32 scalars. Only the first has a gradient.
     """
@@ -62,14 +62,14 @@ def _summed_forward(settings: _Settings, hidden: Hidden, head: jax.Array, ids: T
         sums, by_head = carry
         found, by_logits = _block(settings, head, *piece)
         by_logits = by_logits.astype(hidden.dtype)
-        by_hidden = jnp.einsum("bsv,ve->bse", by_logits, head, preferred_element_type=hidden.dtype)
-        by_head += jnp.einsum("bsv,bse->ve", by_logits, piece[0], preferred_element_type=jnp.float32)
+        by_hidden = jnp.einsum("tv,ve->te", by_logits, head, preferred_element_type=hidden.dtype)
+        by_head += jnp.einsum("tv,te->ve", by_logits, piece[0], preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, sums, found), by_head), by_hidden
 
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero), jnp.zeros(head.shape, jnp.float32)
     (sums, by_head), by_hidden = jax.lax.scan(add, start, _blocks(settings.block, hidden, ids, weights))
-    by_hidden = jnp.moveaxis(by_hidden, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
+    by_hidden = by_hidden.reshape(-1, hidden.shape[2])[: ids.size].reshape(hidden.shape)
     return sums, (by_hidden, by_head.astype(head.dtype))
 
 
@@ -85,31 +85,31 @@ _summed.defvjp(_summed_forward, _summed_backward)
 
 
 def _blocks(block: int, hidden: Hidden, ids: Tokens, weights: jax.Array):
-    """[batch, seq, ...] each as [blocks, batch, block, ...]; what is added to the end weighs nothing."""
-    seq = ids.shape[1]
-    count = -(-seq // block)
-    size = -(-seq // count)
+    """[batch, seq, ...] each as [blocks, block, ...]; what is added to the end weighs nothing."""
+    count = -(-ids.size // block)
+    size = -(-ids.size // count)
 
     def split(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, ((0, 0), (0, count * size - seq), *((0, 0) for _ in x.shape[2:])))
-        return jnp.moveaxis(padded.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+        tokens = x.reshape(ids.size, *x.shape[2:])
+        padded = jnp.pad(tokens, ((0, count * size - ids.size), *((0, 0) for _ in x.shape[2:])))
+        return padded.reshape(count, size, *x.shape[2:])
 
     return split(hidden), split(ids), split(weights)
 
 
-def _block(settings: _Settings, head: jax.Array, hidden: Hidden, ids: Tokens, weights: jax.Array):
-    """The two sums over a block, and the gradient of the first by the logits of this device, [batch, seq, vocab] float32."""
+def _block(settings: _Settings, head: jax.Array, hidden: jax.Array, ids: jax.Array, weights: jax.Array):
+    """The two sums over a block of tokens, and the gradient of the first by this device's logits, [tokens, vocab] float32."""
     over_vocab = lambda reduce, array: reduce(array, "vocab") if settings.split else array
-    logits = jnp.einsum("bse,ve->bsv", hidden, head, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("te,ve->tv", hidden, head, preferred_element_type=jnp.float32)
     peak = over_vocab(max_shards, jnp.max(logits, axis=-1))
-    powers = jnp.exp(logits - peak[:, :, None])
+    powers = jnp.exp(logits - peak[:, None])
     total = over_vocab(sum_shards, jnp.sum(powers, axis=-1))
     normalizer = peak + jnp.log(total)
     # A masked sum, not a gather: it stays on the devices that hold a part of the vocabulary.
-    chosen = jnp.arange(logits.shape[-1])[None, None, :] == ids[:, :, None]
+    chosen = jnp.arange(logits.shape[-1])[None, :] == ids[:, None]
     score = over_vocab(sum_shards, jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1))
     nll = jnp.sum(weights * (normalizer - score))
     loss = nll + settings.z_loss * jnp.sum(weights * jnp.square(normalizer))
     slope = weights * (1 + 2 * settings.z_loss * normalizer) / total
-    by_logits = slope[:, :, None] * powers - jnp.where(chosen, weights[:, :, None], 0.0)
+    by_logits = slope[:, None] * powers - jnp.where(chosen, weights[:, None], 0.0)
     return (loss, nll), by_logits

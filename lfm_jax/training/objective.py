@@ -52,17 +52,17 @@ class LossConfig:
     """Next-token cross-entropy.
 
     z_loss: weight of logsumexp(logits)^2, which keeps the logits from drifting (PaLM, Chowdhery et al. 2022, section 5: 1e-4).
-    block: positions of every row whose logits exist at one time, on each device.
+    block: tokens whose logits exist at one time, on each device.
     """
 
     z_loss: float = 0.0
-    block: int = 512
+    block: int = 2048
 
     def __post_init__(self):
         if self.z_loss < 0:
             raise ValueError(f"z_loss must not be negative, got {self.z_loss}")
         if self.block < 1:
-            raise ValueError(f"block must be at least 1 position, got {self.block}")
+            raise ValueError(f"block must be at least 1 token, got {self.block}")
 
 
 def next_token_objective(config: LossConfig) -> Objective:

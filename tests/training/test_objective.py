@@ -143,7 +143,7 @@ def test_z_loss_is_the_squared_log_of_the_normalizer():
 
 @pytest.mark.parametrize("block", [1, 5, 11])
 def test_blocks_change_nothing(block):
-    """Also those that do not divide the 12 positions."""
+    """Also those that do not divide the 24 tokens."""
     whole = _evaluate(CONFIG, LossConfig(z_loss=0.1), PACKED)
     _assert_same(_evaluate(CONFIG, LossConfig(z_loss=0.1, block=block), PACKED), whole)
 
@@ -158,9 +158,9 @@ def _shapes(jaxpr):
 def test_no_more_logits_than_a_block_of_them_ever_exist():
     functions, params, buffers = _model()
     traced = _sums_and_gradient.trace(functions, LossConfig(block=3), params, buffers, PACKED)
-    logits = [shape for shape in _shapes(traced.jaxpr.jaxpr) if len(shape) > 2 and shape[-1] == VOCAB]
-    assert (2, 3, VOCAB) in logits
-    assert max(np.prod(shape) for shape in logits) == 2 * 3 * VOCAB
+    logits = [shape for shape in _shapes(traced.jaxpr.jaxpr) if len(shape) > 1 and shape[-1] == VOCAB]
+    assert (3, VOCAB) in logits
+    assert max(np.prod(shape) for shape in logits if shape != (CONFIG.embed_dim, VOCAB)) == 3 * VOCAB
 
 
 @pytest.mark.parametrize("config", [CONFIG, UNTIED_MOE], ids=["dense", "moe"])
@@ -195,7 +195,7 @@ def test_router_counts_are_of_tokens_without_padding():
 
 @pytest.mark.parametrize(
     "settings, message",
-    [({"z_loss": -1.0}, "z_loss must not be negative, got -1.0"), ({"block": 0}, "block must be at least 1 position, got 0")],
+    [({"z_loss": -1.0}, "z_loss must not be negative, got -1.0"), ({"block": 0}, "block must be at least 1 token, got 0")],
 )
 def test_impossible_settings_of_the_loss_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
