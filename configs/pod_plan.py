@@ -11,7 +11,8 @@ workdir. The recorded run is docs/benchmarks/pod_plan.md. Other arguments:
     python run.py --config=configs/pod_plan.py:scale --workdir=workdirs/pod_plan_scale
     python run.py --config=configs/pod_plan.py:published --workdir=workdirs/pod_plan_published
 
-`all` plans every preset on a slice of v5e, v5p and v6e each with two sequences of 4,096 tokens a device; `scale` plans lfm2_350m
+`all` plans every preset on a slice of v5e, v5p and v6e each with two sequences of 4,096 tokens a device, in the first layout that
+fits; `scale` plans lfm2_350m
 on 16 to 256 chips of v5e; `published` plans runs whose speed is published, and compares.
 """
 
@@ -61,7 +62,7 @@ _PUBLISHED = (
 def _one(name: str) -> dict[str, Any]:
     recipe = pretrain.get_config(name)
     tokens = recipe.loader.batch_size * recipe.loader.seq_len
-    meshes = [{"data": -1, "fsdp": 1}, {"data": 2 if name in SMALL else 16}, {"tensor": 2}]
+    meshes = [{}, {"data": 2 if name in SMALL else 16}, {"data": -1, "fsdp": 1, "tensor": 2}]
     if preset(name).moe is not None:
         meshes.append({"expert": 8})
     return {
@@ -72,14 +73,14 @@ def _one(name: str) -> dict[str, Any]:
         "total_tokens": _LFM2_350M_TOKENS if name == "lfm2_350m" else recipe.train.steps * tokens,
         "meshes": tuple(MeshConfig(**sizes) for sizes in meshes),
         "accumulations": (2,),
-        "remats": ("none", "dots", "full"),
+        "remats": ("dots", "full"),
     }
 
 
 _TABLES = {
     "all": {
         "presets": tuple(name for name in PRESETS if name not in SMALL), "topologies": ("v5e:16x16", "v5p:8x8x8", "v6e:16x16"),
-        "tokens_per_device": 8192, "remats": ("none", "dots", "full"), "total_tokens": 10**12,
+        "tokens_per_device": 8192, "search": "first", "accumulations": (2,), "remats": ("dots", "full"), "total_tokens": 10**12,
     },
     "scale": {
         "presets": ("lfm2_350m",), "topologies": ("v5e:4x4", "v5e:8x8", "v5e:16x16"), "tokens_per_device": 8192,

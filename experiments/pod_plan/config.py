@@ -28,6 +28,7 @@ class PublishedRun:
     rows: int
     seq_len: int
     accumulation: int = 1
+    mesh: MeshConfig = MeshConfig()
     remat: Remat = "none"
     tokens_per_second: float
     notes: str = ""
@@ -39,9 +40,10 @@ class Config:
 
     batch_tokens: tokens of a step, or tokens_per_device: the same for each device; one of the two.
     total_tokens: of the whole run, for days and chip-hours.
-    mesh, accumulation, compute: the layout that is tried first.
+    mesh, accumulation, compute: the layout that is tried first. mesh None: as the memory asks for (`search.starting_mesh`).
     meshes, accumulations, remats: what else is tried; none: nothing else.
-    search: "greedy" takes mesh, accumulation and rematerialisation one after the other, each at its best; "full" all products.
+    search: "greedy" takes mesh, accumulation and rematerialisation one after the other, each at its best; "full" all products;
+      "first" one policy of rematerialisation after the other, each with every accumulation, and ends at what fits.
     options: of the TPU compiler, NAME=VALUE each, over those that a launch sets (lfm_jax/sharding/flags.py).
     compile_seconds: that one compilation may take.
     published: runs that are planned as they were, and compared with what was measured.
@@ -53,12 +55,12 @@ class Config:
     batch_tokens: int | None = None
     tokens_per_device: int | None = None
     total_tokens: int = 10**12
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig | None = None
     accumulation: int = 1
     compute: ComputeConfig = ComputeConfig(dtype="bfloat16")
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig(z_loss=1e-4)
-    search: Literal["greedy", "full"] = "greedy"
+    search: Literal["greedy", "full", "first"] = "greedy"
     meshes: tuple[MeshConfig, ...] = ()
     accumulations: tuple[int, ...] = ()
     remats: tuple[Remat, ...] = ()

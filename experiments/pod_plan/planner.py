@@ -11,9 +11,10 @@ from experiments.pod_plan import tables
 from experiments.pod_plan.compilation import Job
 from experiments.pod_plan.config import Config, PublishedRun
 from experiments.pod_plan.figures import device_count, measure
-from experiments.pod_plan.search import Layout, best, ladder, search
+from experiments.pod_plan.search import Layout, best, ladder, search, starting_mesh
 from experiments.results import write_results
 from lfm_jax.models import preset
+from lfm_jax.sharding.chips import CHIPS
 from lfm_jax.sharding.flags import flags_for
 
 CACHE = "compiled"
@@ -56,7 +57,9 @@ def _options(config: Config, topology: str) -> tuple[str, ...]:
 
 def _plan(config: Config, workdir: epath.Path, console: Console, name: str, topology: str, seq_len: int):
     """(the recommended layout's figures, those of all layouts without their tables, the remedies if none fits)."""
-    first = Layout(config.mesh, config.accumulation, config.compute.remat)
+    chip = CHIPS[topology.partition(":")[0]]
+    mesh = config.mesh or starting_mesh(preset(name), chip, device_count(topology))
+    first = Layout(mesh, config.accumulation, config.compute.remat)
     rows = _rows(config, topology, seq_len)
 
     def attempt(layout: Layout) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def _plan(config: Config, workdir: epath.Path, console: Console, name: str, topo
 
 def _compare(config: Config, workdir: epath.Path, console: Console, run: PublishedRun) -> dict[str, Any]:
     job = Job(
-        model=run.model, topology=run.topology, devices=run.devices, mesh=config.mesh, rows=run.rows, seq_len=run.seq_len,
+        model=run.model, topology=run.topology, devices=run.devices, mesh=run.mesh, rows=run.rows, seq_len=run.seq_len,
         accumulation=run.accumulation, compute=dataclasses.replace(config.compute, remat=run.remat), optimizer=config.optimizer,
         loss=config.loss, options=_options(config, run.topology),
     )  # fmt: skip

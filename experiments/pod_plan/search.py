@@ -6,7 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.pod_plan.config import Config
+from lfm_jax.models import ModelConfig
+from lfm_jax.models.accounting import parameter_count
 from lfm_jax.sharding import MeshConfig
+from lfm_jax.sharding.chips import Chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,18 @@ def mesh_text(mesh: MeshConfig) -> str:
     return " ".join(f"{name}={'all' if size == -1 else size}" for name, size in sizes.items()) or "one device"
 
 
+def starting_mesh(model: ModelConfig, chip: Chip, devices: int) -> MeshConfig:
+    """Replicas, each of as few devices as leave most of the HBM to activations.
+
+    What a device of a replica holds beside them are its part of the weights in bfloat16 and of their gradient in float32, 6 bytes
+    a parameter; the state itself is split over all devices (see `MeshConfig`). A third of the HBM for those is a choice.
+    """
+    fsdp, held = 1, 6 * parameter_count(model)
+    while held / fsdp > chip.hbm_capacity / 3 and devices % (2 * fsdp) == 0:
+        fsdp *= 2
+    return MeshConfig(data=-1, fsdp=fsdp)
+
+
 def search(config: Config, first: Layout, attempt: Callable[[Layout], Trial]) -> dict[Layout, Trial]:
     """Tries layouts as `config.search` says, the first one first; returns all that were tried."""
     choices = {
@@ -46,6 +61,13 @@ def search(config: Config, first: Layout, attempt: Callable[[Layout], Trial]) ->
     if config.search == "full":
         for values in itertools.product(*choices.values()):
             run(Layout(*values))
+        return tried
+    if config.search == "first":
+        for remat, accumulation in itertools.product(choices["remat"], choices["accumulation"]):
+            layout = Layout(first.mesh, accumulation, remat)
+            run(layout)
+            if tried[layout]["fits"]:
+                break
         return tried
     at = first
     run(at)

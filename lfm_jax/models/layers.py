@@ -174,7 +174,7 @@ def apply_rope(x: jax.Array, phases: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates the pairs (x[i], x[i + head_dim / 2]) of each head; x is [batch, seq, heads, head_dim].
 
     Partners change places in a product with a signed permutation, which is exact. TPUs are slow at moving halves of a head: a
-    layer's projections, norms and rotations took 1.20 ms that way by the compiler's count, and take 0.87 (docs/log.md, 2026-11-25).
+    layer's projections, norms and rotations took 1.20 ms that way by the compiler's count, and take 0.87 (docs/log.md).
     """
     cos, sin = phases
     pairs = x.shape[-1] // 2

@@ -56,7 +56,7 @@ FLAGS = (
     Flag("xla_tpu_bf16_emission_mode", "NATIVE_EMISSION", ("tpu7x",),
          "the vector unit computes in bfloat16 instead of going through float32", _IRONWOOD),
     Flag("xla_tpu_prefer_async_allgather_to_allreduce", "true", _ALL,
-         "small shards are gathered beside work, not by sums of arrays filled up with zeros (docs/log.md, 2026-11-25)", _IRONWOOD),
+         "small shards are gathered beside work, not by sums of arrays filled up with zeros (docs/log.md)", _IRONWOOD),
     Flag("xla_tpu_enable_megascale_barrier", "true", _ALL,
          "slices enter a collective over the network together, so that none times out on a slower one", _AXLEARN, True),
     Flag("xla_tpu_enable_sunk_dcn_allreduce_done_with_host_reduction", "true", _ALL,

@@ -7,9 +7,10 @@ from etils import epath
 
 from experiments import pod_plan
 from experiments.pod_plan import compilation, figures, tables
-from experiments.pod_plan.search import Layout, best, ladder, mesh_text, search
-from lfm_jax.models import ComputeConfig, ModelConfig
+from experiments.pod_plan.search import Layout, best, ladder, mesh_text, search, starting_mesh
+from lfm_jax.models import ComputeConfig, ModelConfig, preset
 from lfm_jax.sharding import MeshConfig
+from lfm_jax.sharding.chips import CHIPS
 
 WHOLE, HALVES = MeshConfig(), MeshConfig(data=2)
 # Convolutions alone: compiling attention's kernels takes longer than all else here.
@@ -49,6 +50,24 @@ def test_the_greedy_search_takes_one_choice_after_the_other():
 def test_the_full_search_takes_all_products():
     settings = config(search="full", meshes=(HALVES,), accumulations=(2, 4), remats=("none", "dots"))
     assert len(search(settings, Layout(WHOLE, 1, "none"), attempts(peak))) == 2 * 3 * 2
+
+
+def test_the_first_that_fits_ends_the_search_from_the_fastest_to_the_leanest():
+    settings = config(search="first", accumulations=(2,), remats=("dots", "full"))
+    tried = search(settings, Layout(HALVES, 1, "none"), attempts(peak))
+    assert [str(layout) for layout in tried] == [
+        "data=2 fsdp=all, 1 x none", "data=2 fsdp=all, 2 x none", "data=2 fsdp=all, 1 x dots", "data=2 fsdp=all, 2 x dots",
+    ]  # fmt: skip
+    assert best(tried) == Layout(HALVES, 2, "dots")
+
+
+@pytest.mark.parametrize(
+    "name, topology, fsdp",
+    [("lfm2_350m", "v5e", 1), ("lfm2_1_2b", "v5e", 2), ("lfm2_1_2b", "v5p", 1), ("lfm2_8b_a1b", "v5p", 2), ("nano", "v5e", 1)],
+)
+def test_the_mesh_to_start_from_leaves_room(name, topology, fsdp):
+    """By hand: 6 bytes a parameter are 2.1, 7.0 and 50 GB, a third of the HBM 5.6 GB on v5e and 34 GB on v5p."""
+    assert starting_mesh(preset(name), CHIPS[topology], 256) == MeshConfig(data=-1, fsdp=fsdp)
 
 
 def test_layouts_that_are_refused_do_not_stop_the_search():
