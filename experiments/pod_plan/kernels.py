@@ -61,6 +61,7 @@ class Kernel:
     bound is given here.
     row_blocks: of a ragged axis, the steps that it would take if every group ended with a block.
     prefetched: operands before those with a window; windows: by operand and then by result, None where the kernel copies itself.
+    causal: of splash attention, whose grid has every block of queries and keys, which those of a window have not.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Kernel:
     windows: tuple[Window | None, ...]
     loops: tuple[Loop, ...]
     row_blocks: int = 0
+    causal: bool = False
 
     @property
     def steps(self) -> int:
@@ -108,16 +110,28 @@ def read_kernel(instruction: Instruction) -> Kernel:
         windows = attributes["window_params"] if "window_params" in attributes else []
         windows = tuple(_window(window, functions, grid) for window in windows)
         rows = next((array.shape[0] for array in operands if len(array.shape) == 2), 0)
+        name = attributes["sym_name"].value
+        prefetched = attributes["scalar_prefetch"].value if "scalar_prefetch" in attributes else 0
         return Kernel(
-            name=attributes["sym_name"].value,
+            name=name,
             grid=grid,
             parallel=tuple("parallel" in str(each) for each in semantics),
             ragged=grid != bounds,
-            prefetched=attributes["scalar_prefetch"].value if "scalar_prefetch" in attributes else 0,
+            prefetched=prefetched,
             windows=windows,
             loops=_loops(main.regions[0].blocks[0]),
             row_blocks=-(-rows // windows[0].block[0]) if grid != bounds and windows and windows[0] else 0,
+            causal=name.startswith("splash") and all(
+                blocks * window.block[-2] == array.shape[-2]
+                for blocks, window, array in zip(_attention_blocks(name, grid), windows, operands[prefetched:], strict=False)
+            ),
         )
+
+
+def _attention_blocks(name: str, grid: tuple[int, ...]) -> tuple[int, int]:
+    """Blocks of queries and of keys in splash attention's grid: the gradient of keys and values walks over key blocks, heads and
+    query blocks, the others over heads, query and key blocks."""
+    return (grid[-1], grid[-3]) if "dkv" in name else (grid[-2], grid[-1])
 
 
 def _window(attributes: Any, functions: dict[str, Any], grid: tuple[int, ...]) -> Window | None:
@@ -240,9 +254,9 @@ def _all(loops: tuple[Loop, ...]):
 def live_share(kernel: Kernel) -> float:
     """The share of grid steps that do work.
 
-    Which blocks a mask leaves empty is data that the program does not show. Splash attention's grid has an axis of query blocks
-    and one of key blocks. Where they are equally long the mask is taken to be causal, and (n + 1) / 2n of them work; a window has
-    a shorter grid, of which all is counted, as it is for causal blocks that are no squares.
+    Which blocks a mask leaves empty is data that the program does not show. Where splash attention's grid has every block, the
+    mask is taken to be causal: of n blocks of queries or of keys, whichever are fewer, (n + 1) / 2n work. A window has a shorter
+    grid, of which all is counted.
 
     Our grouped matmul visits a block of rows once for each group in it, and takes in its loop the chunks that have rows of the
     group: each chunk once, and once more for every group that begins within one.
@@ -250,11 +264,10 @@ def live_share(kernel: Kernel) -> float:
     if kernel.name.startswith("grouped_matmul") and kernel.ragged:
         visits, chunks = kernel.grid[1], kernel.loops[0].trips
         return (kernel.row_blocks * chunks + visits - kernel.row_blocks) / (visits * chunks)
-    if not kernel.name.startswith("splash") or len(kernel.grid) < 3:
+    if not kernel.causal:
         return 1.0
-    # The gradient of keys and values walks over key blocks, heads and query blocks, the others over heads, query and key blocks.
-    one, other = (kernel.grid[-3], kernel.grid[-1]) if "dkv" in kernel.name else kernel.grid[-2:]
-    return (one + 1) / (2 * one) if one == other else 1.0
+    blocks = min(_attention_blocks(kernel.name, kernel.grid))
+    return (blocks + 1) / (2 * blocks)
 
 
 def memory_bytes(kernel: Kernel, computation: Computation, call: Instruction) -> float:
@@ -298,7 +311,9 @@ def measure(computation: Computation, call: Instruction, chip: Chip, seconds: fl
         "config": config,
     }
     with tempfile.TemporaryDirectory() as dump:
-        flags = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
+        # Without the expression for the pass the dump of one kernel may have hundreds of MB.
+        options = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
+        flags = {"LIBTPU_INIT_ARGS": options}
         try:
             run_module(__name__, job, seconds, flags)
         except (RuntimeError, TimeoutError):

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -289,12 +290,23 @@ def test_sums_of_which_a_slice_is_kept_and_ragged_exchanges_send_what_they_must(
         assert collectives.measure(torus, hlo.Computation("e", names, "e"), exchange).sent_bytes == 3 / 4 * 2 * 64 * 128
 
 
-def test_causal_blocks_that_are_empty_cost_nothing():
-    kernel = lambda name, grid: kernels.Kernel(name, grid, (False,) * 3, False, 0, (), ())
-    assert kernels.live_share(kernel("splash_mha_fwd", (16, 4, 4))) == 10 / 16
-    assert kernels.live_share(kernel("splash_mha_dkv", (4, 16, 4))) == 10 / 16
-    assert kernels.live_share(kernel("splash_mha_fwd", (16, 4, 2))) == 1
-    assert kernels.live_share(kernel("short_conv", (4, 4, 4))) == 1
+@pytest.mark.parametrize("window, shares", [(None, [(4 + 1) / 8] * 2), (256, [1, 1, 1])])
+def test_causal_blocks_that_are_empty_cost_nothing(window, shares):
+    """Two heads share keys: eight blocks of queries and four of keys, of which 20 of 32 work; a window's grid has fewer."""
+    from lfm_jax.kernels import attention_tpu
+
+    def step(query, key, value, segments):
+        static = {"order": np.arange(4096), "part": 0, "window": window, "interpret": False}
+        attend = lambda *arrays: attention_tpu.splash_attention(*arrays, segments, segments, **static)
+        out, transpose = jax.vjp(attend, query, key, value)
+        return transpose(out)
+
+    query, key = lone((1, 4096, 2, 64)), lone((1, 4096, 1, 64))
+    program = Program(compiled(step, query, key, key, lone((1, 4096), jnp.int32)).as_text())
+    calls = [each for computation in program.computations.values() for each in computation if kernels.is_kernel(each)]
+    found = [kernels.read_kernel(call) for call in calls]
+    assert [kernels.live_share(kernel) for kernel in found] == shares
+    assert kernels.live_share(kernels.Kernel("short_conv", (4, 4, 4), (False,) * 3, False, 0, (), ())) == 1
 
 
 @pytest.mark.parametrize(
