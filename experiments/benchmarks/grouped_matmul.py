@@ -82,7 +82,8 @@ def _programs(rows: int, groups: int, k: int, columns: int, array) -> dict[tuple
         ("megablox", "gradient of rows"): (
             tiled(megablox.gmm, tiling=(_TILE_ROWS, columns, k // 2), transpose_rhs=True), (out, rhs, sizes)),
         ("megablox", "gradient of matrices"): (
-            tiled(megablox.tgmm, tiling=(_TILE_ROWS, k, columns // 2)), (array(k, rows), out, sizes)),
+            lambda lhs, out, sizes: tiled(megablox.tgmm, tiling=(_TILE_ROWS, k, columns // 2))(lhs.swapaxes(0, 1), out, sizes),
+            (lhs, out, sizes)),
         ("ragged_dot", "product"): (jax.lax.ragged_dot, (lhs, rhs, sizes)),
         ("ragged_dot", "gradient of rows"): (differentiated(0), (lhs, rhs, sizes, out)),
         ("ragged_dot", "gradient of matrices"): (differentiated(1), (lhs, rhs, sizes, out)),

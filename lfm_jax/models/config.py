@@ -136,7 +136,9 @@ class ComputeConfig:
     dtype: of activations and of the weights as they enter a matmul. "auto": bfloat16 on an accelerator, float32 on a CPU.
     short_conv, attention, grouped_matmul: implementations (see `lfm_jax.kernels`).
     expert_exchange: how tokens meet experts that other devices have: "gather" (each device gets all tokens of those that share
-      the experts, and sums up at home) or "all_to_all" (each copy of a token travels to its expert and back).
+      the experts, and sums up at home) or "all_to_all" (each copy of a token travels to its expert and back: top_k / devices of
+      the bytes, but XLA copies its buffers, so that it loses for lfm2_8b_a1b at 4 and at 8 devices of v5p, where it is 2.0 ms
+      shorter on the links and 5.4 ms longer beside them; docs/benchmarks/grouped_matmul.md).
     matmul: in which numbers the projections of operators and dense feed-forwards are multiplied, "plain" is `dtype`; see
       `lfm_jax.models.quantization`, and docs/benchmarks/quantized_matmul.md for where it pays. TPU v5e and v6e multiply int8
       faster, tpu7x fp8. Routers, experts, attention's gates and products, embeddings, norms and logits are always plain.
