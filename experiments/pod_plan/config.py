@@ -30,6 +30,7 @@ class PublishedRun:
     accumulation: int = 1
     mesh: MeshConfig = MeshConfig()
     remat: Remat = "none"
+    scan_layers: bool = False
     tokens_per_second: float
     notes: str = ""
 

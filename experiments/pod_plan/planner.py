@@ -87,8 +87,8 @@ def _plan(config: Config, workdir: epath.Path, console: Console, name: str, topo
 def _compare(config: Config, workdir: epath.Path, console: Console, run: PublishedRun) -> dict[str, Any]:
     job = Job(
         model=run.model, topology=run.topology, devices=run.devices, mesh=run.mesh, rows=run.rows, seq_len=run.seq_len,
-        accumulation=run.accumulation, compute=dataclasses.replace(config.compute, remat=run.remat), optimizer=config.optimizer,
-        loss=config.loss, options=_options(config, run.topology),
+        accumulation=run.accumulation, optimizer=config.optimizer, loss=config.loss, options=_options(config, run.topology),
+        compute=dataclasses.replace(config.compute, remat=run.remat, scan_layers=run.scan_layers),
     )  # fmt: skip
     with console.status(f"compiling {run.name}"):
         figures = measure(job, workdir / CACHE, config.total_tokens, config.compile_seconds)
