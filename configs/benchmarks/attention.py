@@ -2,6 +2,11 @@
 
     python run.py --config=configs/benchmarks/attention.py --workdir=workdirs/attention
 
+Compiles splash attention's kernels, forward and backward in two kernels and in one, for each of the blocks below, heads of 64 and
+128, with and without a window, and estimates the time of packed sequences of 4,096 and 32,768; three minutes of CPU a chip, needs
+libtpu. Expect what the library takes to be 1.2 to 3.1 times as fast as blocks of 1,024 for everything, but where 32 heads at
+32,768 have no room for partial sums (`least_before_over_chosen` 1.02, `most_chosen_over_best` 1.27). The recorded run is
+docs/benchmarks/attention.md. The argument names a single chip.
 """
 
 from ml_collections import ConfigDict

@@ -70,17 +70,18 @@ def block_sizes(queries: int, keys: int, head_dim: int, window: int | None, call
     """
     divide = lambda length, most: next(size for size in (2048, 1024, 512, 256, 128) if size <= most and length % size == 0)
     block_q = divide(queries, 1024)
-    # Of longer blocks more is computed to be masked, least of it in long sequences and most in a window.
-    block_kv = divide(keys, 256 if window is not None else 1024 if keys <= 16_384 else 2048)
-    compute = divide(block_kv, 512)
+    # Of longer blocks more is computed to be masked, least of it in long sequences and most in a window. Forward, 2,048 keys of
+    # 128 values do not fit into the VMEM of a v5p.
+    block_kv = divide(keys, 1024 if window is None else 256)
+    block_kv_dkv = divide(keys, 2048) if window is None and keys > 16_384 else block_kv
     # One kernel makes each product once, but every block of keys leaves its part of the queries' gradient in HBM, in rows of
     # whole lanes. Of a window nearly all these parts are zeros, and writing them takes longer than it saves.
-    partial_sums = calls * keys // block_kv * queries * 2 * -(-head_dim // LANES) * LANES
+    partial_sums = calls * keys // block_kv_dkv * queries * 2 * -(-head_dim // LANES) * LANES
     fused = window is None and partial_sums <= PARTIAL_SUMS
     return BlockSizes(
-        block_q=block_q, block_kv=block_kv, block_kv_compute=compute,
-        block_q_dkv=block_q, block_kv_dkv=block_kv, block_kv_dkv_compute=compute,
-        block_q_dq=None if fused else block_q, block_kv_dq=None if fused else block_kv, use_fused_bwd_kernel=fused,
+        block_q=block_q, block_kv=block_kv, block_kv_compute=divide(block_kv, 512),
+        block_q_dkv=block_q, block_kv_dkv=block_kv_dkv, block_kv_dkv_compute=divide(block_kv_dkv, 512),
+        block_q_dq=None if fused else block_q, block_kv_dq=None if fused else block_kv_dkv, use_fused_bwd_kernel=fused,
     )  # fmt: skip
 
 
