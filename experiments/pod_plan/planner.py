@@ -14,7 +14,6 @@ from experiments.pod_plan.figures import device_count, measure
 from experiments.pod_plan.search import Layout, best, ladder, search, starting_mesh
 from experiments.results import write_results
 from lfm_jax.models import preset
-from lfm_jax.sharding.chips import CHIPS
 from lfm_jax.sharding.flags import flags_for
 
 CACHE = "compiled"
@@ -57,9 +56,7 @@ def _options(config: Config, topology: str) -> tuple[str, ...]:
 
 def _plan(config: Config, workdir: epath.Path, console: Console, name: str, topology: str, seq_len: int):
     """(the recommended layout's figures, those of all layouts without their tables, the remedies if none fits)."""
-    chip = CHIPS[topology.partition(":")[0]]
-    mesh = config.mesh or starting_mesh(preset(name), chip, device_count(topology))
-    first = Layout(mesh, config.accumulation, config.compute.remat)
+    first = Layout(config.mesh or starting_mesh(preset(name), topology), config.accumulation, config.compute.remat)
     rows = _rows(config, topology, seq_len)
 
     def attempt(layout: Layout) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from experiments.pod_plan.config import Config
 from lfm_jax.models import ModelConfig
 from lfm_jax.models.accounting import parameter_count
 from lfm_jax.sharding import MeshConfig
-from lfm_jax.sharding.chips import Chip
+from lfm_jax.sharding.chips import CHIPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +34,16 @@ def mesh_text(mesh: MeshConfig) -> str:
     return " ".join(f"{name}={'all' if size == -1 else size}" for name, size in sizes.items()) or "one device"
 
 
-def starting_mesh(model: ModelConfig, chip: Chip, devices: int) -> MeshConfig:
-    """Replicas, each of as few devices as leave most of the HBM to activations.
+def starting_mesh(model: ModelConfig, topology: str) -> MeshConfig:
+    """Replicas, each over as few whole axes of the torus as leave most of the HBM to activations.
 
     What a device of a replica holds beside them are its part of the weights in bfloat16 and of their gradient in float32, 6 bytes
     a parameter; the state itself is split over all devices (see `MeshConfig`). A third of the HBM for those is a choice.
     """
-    fsdp, held = 1, 6 * parameter_count(model)
-    while held / fsdp > chip.hbm_capacity / 3 and devices % (2 * fsdp) == 0:
-        fsdp *= 2
-    return MeshConfig(data=-1, fsdp=fsdp)
+    kind, _, shape = topology.partition(":")
+    chip, held = CHIPS[kind], 6 * parameter_count(model)
+    sizes = list(itertools.accumulate((1, chip.devices_per_chip, *map(int, shape.split("x"))), operator.mul))
+    return MeshConfig(data=-1, fsdp=next((size for size in sizes if held / size <= chip.hbm_capacity / 3), sizes[-1]))
 
 
 def search(config: Config, first: Layout, attempt: Callable[[Layout], Trial]) -> dict[Layout, Trial]:

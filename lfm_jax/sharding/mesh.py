@@ -5,6 +5,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 # From the slowest links to the fastest: `tensor` communicates in every matmul, `data` once a step.
@@ -55,6 +56,9 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
             f"set one axis to -1 and let the others divide {len(devices)}"
         )
     auto = (AxisType.Auto,) * len(AXES)
-    if devices[0].platform == "tpu":
+    if devices[0].platform != "tpu":
+        return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=auto)
+    try:
         return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=auto)
+    except NotImplementedError:  # a size that is no product of whole axes of the torus
+        return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES, axis_types=auto)

@@ -10,7 +10,6 @@ from experiments.pod_plan import compilation, figures, tables
 from experiments.pod_plan.search import Layout, best, ladder, mesh_text, search, starting_mesh
 from lfm_jax.models import ComputeConfig, ModelConfig, preset
 from lfm_jax.sharding import MeshConfig
-from lfm_jax.sharding.chips import CHIPS
 
 WHOLE, HALVES = MeshConfig(), MeshConfig(data=2)
 # Convolutions alone: compiling attention's kernels takes longer than all else here.
@@ -63,11 +62,14 @@ def test_the_first_that_fits_ends_the_search_from_the_fastest_to_the_leanest():
 
 @pytest.mark.parametrize(
     "name, topology, fsdp",
-    [("lfm2_350m", "v5e", 1), ("lfm2_1_2b", "v5e", 2), ("lfm2_1_2b", "v5p", 1), ("lfm2_8b_a1b", "v5p", 2), ("nano", "v5e", 1)],
-)
+    [
+        ("lfm2_350m", "v5e:16x16", 1), ("lfm2_1_2b", "v5e:16x16", 16), ("lfm2_1_2b", "v5p:8x8x8", 1),
+        ("lfm2_8b_a1b", "v5p:8x8x8", 8), ("lfm2_8b_a1b", "tpu7x:2x2x1", 2), ("lfm2_24b_a2b", "v5e:2x2", 4),
+    ],
+)  # fmt: skip
 def test_the_mesh_to_start_from_leaves_room(name, topology, fsdp):
-    """By hand: 6 bytes a parameter are 2.1, 7.0 and 50 GB, a third of the HBM 5.6 GB on v5e and 34 GB on v5p."""
-    assert starting_mesh(preset(name), CHIPS[topology], 256) == MeshConfig(data=-1, fsdp=fsdp)
+    """By hand: 6 bytes a parameter are 2.1, 7.0, 50 and 143 GB, a third of the HBM 5.6 GB on v5e and 34 GB on v5p and tpu7x."""
+    assert starting_mesh(preset(name), topology) == MeshConfig(data=-1, fsdp=fsdp)
 
 
 def test_layouts_that_are_refused_do_not_stop_the_search():

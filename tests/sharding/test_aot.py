@@ -19,6 +19,14 @@ def test_a_sharded_program_compiles_for_a_whole_pod():
     assert "all-reduce" in compiled.as_text() or "reduce-scatter" in compiled.as_text()
 
 
+def test_a_mesh_may_split_an_axis_of_the_torus():
+    """Two of eight chips in a row share parameters; with 8 they would be a whole axis."""
+    pytest.importorskip("libtpu")
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=2), aot.tpu_devices("v5p:8x8x8"))
+    coordinates = [[device.coords for device in pair] for pair in mesh.devices.reshape(256, 2)]
+    assert all(sum(abs(one - other) for one, other in zip(*pair, strict=True)) == 1 for pair in coordinates)
+
+
 def test_an_unknown_topology_is_refused():
     pytest.importorskip("libtpu")
     with pytest.raises(ValueError, match="no topology 'v5e:1x7x9'"):
