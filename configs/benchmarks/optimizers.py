@@ -5,7 +5,8 @@
 A grid of learning rates for each, then the best with three seeds and with shorter runs, on a hybrid of half a million parameters.
 The text is public-domain books in the folder that the environment variable LFM_JAX_DATA names (`books/train-00.jsonl.zst` and
 `books/validation.jsonl.zst`), or else Python's standard library. The argument is the size, 1 if there is none: 2 has twice the
-width, twice the depth and eight times the steps, which takes 60 times the ten minutes of two cores that 1 takes.
+width, twice the depth and eight times the steps, about 60 times the work; 1 takes a quarter of an hour of two idle cores. Expect
+that Muon needs half the tokens (docs/benchmarks/optimizers.md).
 """
 
 import os
