@@ -162,9 +162,13 @@ def plot_scale(rows: list[dict[str, Any]], path: epath.Path) -> bool:
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     quantities = {"seconds_per_step": "s a step", "interconnect_bytes": "bytes a device sends", "compile_seconds": "compiling, s"}
     for axes, (key, label) in zip(figure.subplots(1, len(quantities)), quantities.items(), strict=True):
+        axes.margins(y=0.15)
         for name, points in lines.items():
             axes.plot([row["devices"] for row in points], [row[key] for row in points], marker="o", label=name)
         axes.set(xlabel="devices", ylabel=label, xscale="log", ylim=(0, None))
+        sizes = sorted({row["devices"] for points in lines.values() for row in points})
+        axes.set_xticks(sizes, sizes)
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
     with path.open("wb") as file:
