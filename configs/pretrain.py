@@ -26,22 +26,24 @@ _MILLION, _TRILLION = 2**20, 10**12
 
 
 class _Recipe(NamedTuple):
-    """learning_rate: at its peak. batch: tokens of a step. tokens: of the whole run. remat: see ComputeConfig."""
+    """learning_rate: at its peak. batch: tokens of a step. tokens: of the whole run. remat: see ComputeConfig. fsdp: devices that
+    share a copy of the weights, -1 for all; 1 where a TPU v5e has room for the whole (docs/benchmarks/pod_plan.md)."""
 
     learning_rate: float
     batch: int
     tokens: int
     remat: str = "none"
     weight_decay: float = 0.1
+    fsdp: int = -1
 
 
 # 3e-3 and a million tokens: SmolLM-135M and -360M (Hugging Face, 2024). 5e-4 and two million: SmolLM2-1.7B (Ben Allal et al.
 # 2025); 2e-4: SmolLM3-3B (2025). Between these sizes by a straight line in the logarithms. 4e-4, four million tokens and weight
 # decay 0.1: OLMoE-1B-7B (Muennighoff et al. 2024), whose 1.3B active parameters are closest to the mixtures here.
 _RECIPES = {
-    "lfm2_5_230m": _Recipe(3e-3, _MILLION, 19 * _TRILLION),
-    "lfm2_350m": _Recipe(3e-3, _MILLION, 10 * _TRILLION),
-    "lfm2_700m": _Recipe(1.3e-3, _MILLION, 10 * _TRILLION),
+    "lfm2_5_230m": _Recipe(3e-3, _MILLION, 19 * _TRILLION, fsdp=1),
+    "lfm2_350m": _Recipe(3e-3, _MILLION, 10 * _TRILLION, fsdp=1),
+    "lfm2_700m": _Recipe(1.3e-3, _MILLION, 10 * _TRILLION, fsdp=1),
     "lfm2_1_2b": _Recipe(8e-4, 2 * _MILLION, 10 * _TRILLION),
     "lfm3_1_7b": _Recipe(5e-4, 2 * _MILLION, 10 * _TRILLION, "dots"),
     "lfm2_2_6b": _Recipe(3e-4, 2 * _MILLION, 10 * _TRILLION, "dots"),
@@ -69,6 +71,7 @@ def _pod(name: str, recipe: _Recipe) -> dict[str, Any]:
         # The text has no default here; a tokenizer is trained on it unless tokenizer_from names one.
         "tokenizer": {"vocab_size": model.tokenizer_vocab_size or model.vocab_size, "train_bytes": 1 << 28},
         "compute": {"dtype": "bfloat16", "remat": recipe.remat},
+        "mesh": {"data": 1 if recipe.fsdp == -1 else -1, "fsdp": recipe.fsdp},
         "loader": {"seq_len": SEQ_LEN, "batch_size": recipe.batch // SEQ_LEN},
         "optimizer": {
             "learning_rate": recipe.learning_rate,

@@ -35,15 +35,15 @@ def mesh_text(mesh: MeshConfig) -> str:
 
 
 def starting_mesh(model: ModelConfig, topology: str) -> MeshConfig:
-    """Replicas, each over as few whole axes of the torus as leave most of the HBM to activations.
+    """Replicas, each over as few whole axes of the torus as leave half of the HBM to activations.
 
     What a device of a replica holds beside them are its part of the weights in bfloat16 and of their gradient in float32, 6 bytes
-    a parameter; the state itself is split over all devices (see `MeshConfig`). A third of the HBM for those is a choice.
+    a parameter; the state itself is split over all devices (see `MeshConfig`). Half of the HBM for those is a choice.
     """
     kind, _, shape = topology.partition(":")
     chip, held = CHIPS[kind], 6 * parameter_count(model)
     sizes = list(itertools.accumulate((1, chip.devices_per_chip, *map(int, shape.split("x"))), operator.mul))
-    return MeshConfig(data=-1, fsdp=next((size for size in sizes if held / size <= chip.hbm_capacity / 3), sizes[-1]))
+    return MeshConfig(data=-1, fsdp=next((size for size in sizes if held / size <= chip.hbm_capacity / 2), sizes[-1]))
 
 
 def search(config: Config, first: Layout, attempt: Callable[[Layout], Trial]) -> dict[Layout, Trial]:
