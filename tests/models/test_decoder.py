@@ -203,14 +203,14 @@ def test_rematerialization_changes_no_gradient(remat):
 
 
 def test_rematerialization_of_dots_computes_no_projection_again():
-    """`dots` may add the two products of attention to the backward pass (scores, weighted values), and nothing else."""
+    """`dots` may add attention's products to the backward pass (scores, weighted values, two rotations), and nothing else."""
 
     def matmuls(policy):
         functions = functional(lambda rngs: Decoder(DENSE, ComputeConfig(remat=policy), rngs=rngs))
         loss = lambda params, buffers: jnp.sum(functions.bind(params, buffers)(_tokens(2, 8)).hidden)
         return jax.jit(jax.grad(loss)).lower(*jax.eval_shape(functions.init, jax.random.key(0))).as_text().count("dot_general")
 
-    assert matmuls("dots") - matmuls("none") == 2 * DENSE.layer_types.count("full_attention")
+    assert matmuls("dots") - matmuls("none") == 4 * DENSE.layer_types.count("full_attention")
     assert matmuls("full") > matmuls("dots")
 
 
