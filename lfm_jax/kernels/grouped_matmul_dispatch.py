@@ -1,7 +1,7 @@
 """One function for matmuls of rows in groups, whatever computes them."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -12,24 +12,21 @@ from lfm_jax.kernels.grouped_matmul_reference import grouped_matmul_reference, r
 
 GroupedMatmulImplementation = Literal["auto", "pallas", "reference"]
 
-# By platform, "default" for the others; see `short_conv_dispatch`. "auto" takes the kernel on TPUs always: XLA's own gradient of
-# the matrices multiplies every row for every group there, 45 times the work for 32 experts (docs/benchmarks/grouped_matmul.md).
-_FORWARD = {
-    "auto": {"tpu": grouped_matmul_tpu.forward, "default": grouped_matmul_reference},
-    "pallas": {
-        "tpu": grouped_matmul_tpu.forward,
-        "default": functools.partial(grouped_matmul_tpu.forward, interpret=True),
-    },
-    "reference": {"default": grouped_matmul_reference},
-}
-_BACKWARD = {
-    "auto": {"tpu": grouped_matmul_tpu.backward, "default": reference_backward},
-    "pallas": {
-        "tpu": grouped_matmul_tpu.backward,
-        "default": functools.partial(grouped_matmul_tpu.backward, interpret=True),
-    },
-    "reference": {"default": reference_backward},
-}
+def _by_platform(kernel: Callable, reference: Callable) -> dict[str, dict[str, Callable]]:
+    """For each implementation what computes it on which platform, "default" on the others; see `short_conv_dispatch`.
+
+    "auto" takes the kernel on TPUs always: XLA's own gradient of the matrices multiplies every row for every group there, 45
+    times the work for 32 experts (docs/benchmarks/grouped_matmul.md).
+    """
+    return {
+        "auto": {"tpu": kernel, "default": reference},
+        "pallas": {"tpu": kernel, "default": functools.partial(kernel, interpret=True)},
+        "reference": {"default": reference},
+    }
+
+
+_FORWARD = _by_platform(grouped_matmul_tpu.forward, grouped_matmul_reference)
+_BACKWARD = _by_platform(grouped_matmul_tpu.backward, reference_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
