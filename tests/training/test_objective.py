@@ -103,35 +103,39 @@ def _assert_same(ours, theirs, tolerance=2e-5):
     jax.tree.map(near, ours, theirs)
 
 
-@pytest.mark.parametrize("block", [512, 5])
-def test_loss_and_its_gradient_equal_torch_cross_entropy_over_the_whole_vocabulary(block):
-    """The gradient with respect to the tied embedding, where the logits come from it alone: hidden states are held fixed."""
+@pytest.mark.parametrize("block, z_loss", [(512, 0.0), (5, 0.0), (512, 0.1), (5, 0.1)])
+def test_loss_and_its_gradient_equal_torch_cross_entropy_over_the_whole_vocabulary(block, z_loss):
+    """The gradients with respect to the head and to the hidden states, as a model returns them."""
     torch = pytest.importorskip("torch")
-    sums, _ = _evaluate(CONFIG, LossConfig(block=block), PACKED)
+    config = LossConfig(block=block, z_loss=z_loss)
+    sums, _ = _evaluate(CONFIG, config, PACKED)
     hidden, logits = _hidden()
     logits = torch.tensor(logits).reshape(-1, VOCAB)
     targets = torch.tensor(np.asarray(PACKED["targets"])).reshape(-1).long()
     weights = torch.tensor(np.asarray(PACKED["loss_mask"])).reshape(-1)
-    expected = (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
-    assert float(sums.loss) == pytest.approx(float(expected), rel=1e-5)
-    assert float(sums.metrics["nll"]) == float(sums.loss)
+    cross_entropy = lambda logits: (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
+    whole_loss = lambda logits: cross_entropy(logits) + z_loss * (torch.logsumexp(logits, dim=-1) ** 2 * weights).sum()
+    assert float(sums.loss) == pytest.approx(float(whole_loss(logits)), rel=1e-5)
+    assert float(sums.metrics["nll"]) == pytest.approx(float(cross_entropy(logits)), rel=1e-5)
+    assert (float(sums.metrics["nll"]) == float(sums.loss)) == (z_loss == 0)
     assert float(sums.weight) == float(weights.sum())
 
     class Head:
         """A model whose hidden states are given."""
 
-        def __init__(self, table):
-            self.head = table
+        def __init__(self, table, hidden):
+            self.head, self.hidden = table, hidden
 
         def __call__(self, tokens, segment_ids, positions):
-            return DecoderOutput(jnp.asarray(hidden), None, None)
+            return DecoderOutput(self.hidden, None, None)
 
-    loss = lambda table: next_token_objective(LossConfig(block=block))(Head(table), PACKED, jax.random.key(0)).loss
+    loss = lambda *arrays: next_token_objective(config)(Head(*arrays), PACKED, jax.random.key(0)).loss
     embedding = _model()[1]["embed"]["embedding"]
     table = torch.tensor(np.asarray(embedding), requires_grad=True)
-    scores = torch.tensor(hidden).reshape(-1, CONFIG.embed_dim) @ table.T
-    (torch.nn.functional.cross_entropy(scores, targets, reduction="none") * weights).sum().backward()
-    _assert_same(jax.jit(jax.grad(loss))(embedding), table.grad.numpy())
+    states = torch.tensor(hidden, requires_grad=True)
+    whole_loss(states.reshape(-1, CONFIG.embed_dim) @ table.T).backward()
+    ours = jax.jit(jax.grad(loss, argnums=(0, 1)))(embedding, jnp.asarray(hidden))
+    _assert_same(ours, (table.grad.numpy(), states.grad.numpy()))
 
 
 def test_z_loss_is_the_squared_log_of_the_normalizer():
@@ -160,7 +164,7 @@ def test_no_more_logits_than_a_block_of_them_ever_exist():
     traced = _sums_and_gradient.trace(functions, LossConfig(block=3), params, buffers, PACKED)
     logits = [shape for shape in _shapes(traced.jaxpr.jaxpr) if len(shape) > 1 and shape[-1] == VOCAB]
     assert (3, VOCAB) in logits
-    assert max(np.prod(shape) for shape in logits if shape != (CONFIG.embed_dim, VOCAB)) == 3 * VOCAB
+    assert max(np.prod(shape) for shape in logits) == 3 * VOCAB
 
 
 @pytest.mark.parametrize("config", [CONFIG, UNTIED_MOE], ids=["dense", "moe"])
