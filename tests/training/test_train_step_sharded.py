@@ -194,6 +194,21 @@ def test_expert_bias_moves_by_the_sign_of_the_load_and_stays_in_evaluation():
     np.testing.assert_array_equal(state.buffers["layers"][1]["moe"]["expert_bias"], bias)
 
 
+@functools.cache
+def _evaluated(mesh_name):
+    functions, _, objective, mesh = _parts("dense", mesh_name)
+    state = _init("dense", mesh_name)
+    evaluate = make_eval_step(functions, objective, mesh).lower(state.params, state.buffers, _placed(0, mesh))
+    return jax.device_get(evaluate.compile(compiler_options=QUICKLY)(state.params, state.buffers, _placed(0, mesh)))
+
+
+@pytest.mark.parametrize("mesh_name", ["data", "mixed"])
+def test_evaluation_of_a_state_that_replicas_split_equals_that_on_one_device(mesh_name):
+    ours, expected = _evaluated(mesh_name), _evaluated("one device")
+    assert expected.weight == _batch()["loss_mask"].sum()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ours, expected)
+
+
 def test_each_layer_has_its_own_counts():
     """Twelve layers, two of them dense: layer 10 comes after layer 2. In layer l only expert l % 4 is chosen."""
     buffers = {"layers": {layer: {"moe": {"expert_bias": jnp.zeros(4)}} for layer in range(2, 12)}}
