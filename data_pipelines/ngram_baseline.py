@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.token_shards import TokenShards
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.tokenization.token_shards import TokenShards
+from data_pipelines.tokenization.tokenizer import Tokenizer
 
 # Tokens whose pairs are sorted at a time.
 _CHUNK_TOKENS = 1 << 22

@@ -14,7 +14,7 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
-from data_pipelines.documents import Document
+from data_pipelines.sources.documents import Document
 from lfm_jax.interop.tokenizer_json import tokenizer_json_size
 
 MODEL_FILE = "tokenizer.model"

@@ -10,8 +10,8 @@ import zstandard
 from etils import epath
 from pyarrow import parquet
 
-from data_pipelines import text_files
-from data_pipelines.text_files import find_text_files, read_texts
+from data_pipelines.sources import text_files
+from data_pipelines.sources.text_files import find_text_files, read_texts
 
 TEXTS = ["plain", "line\nbreaks\r\nand\ttabs", "caf\u00e9 \u4f60\u597d \U0001f600", " ", "long " * 20_000]
 

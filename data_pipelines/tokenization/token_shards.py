@@ -14,8 +14,8 @@ from array_record.python import array_record_data_source, array_record_module
 from etils import epath
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from data_pipelines.documents import Document
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.sources.documents import Document
+from data_pipelines.tokenization.tokenizer import Tokenizer
 
 INDEX = "index.json"
 LENGTHS = "lengths.npy"

@@ -7,7 +7,7 @@ import sysconfig
 import pytest
 
 from data_pipelines import DocumentsConfig, read_documents
-from data_pipelines.standard_library import standard_library_files, standard_library_texts
+from data_pipelines.sources.standard_library import standard_library_files, standard_library_texts
 
 MODULE = '''"""About the module."""
 

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from data_pipelines import Document, TokenizerConfig, load_tokenizer, train_tokenizer
-from data_pipelines.tokenizer import SYMBOLS, _parts, _sample
+from data_pipelines.tokenization.tokenizer import SYMBOLS, _parts, _sample
 from lfm_jax.interop import sentencepiece_to_tokenizer
 
 SOURCES = [inspect.getsource(module) for module in (inspect, io, json, textwrap, pathlib)]
@@ -146,7 +146,7 @@ def test_of_much_text_a_sample_is_trained_on(tmp_path):
 @hypothesis.given(st.text(alphabet="a\n", max_size=200), st.integers(1, 9))
 def test_the_parts_of_a_text_are_all_of_it(text, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_pipelines.tokenizer._CHUNK_CHARACTERS", size)
+        patch.setattr("data_pipelines.tokenization.tokenizer._CHUNK_CHARACTERS", size)
         parts = list(_parts(text))
     assert "".join(parts) == text
     assert all(size <= len(part) <= 2 * size for part in parts[:-1])

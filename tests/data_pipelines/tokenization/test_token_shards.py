@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from data_pipelines import Document, TokenizerConfig, read_token_shards, token_shards, train_tokenizer, write_token_shards
+from data_pipelines import Document, TokenizerConfig, read_token_shards, train_tokenizer, write_token_shards
+from data_pipelines.tokenization import token_shards
 
 TEXTS = [part for module in (inspect, io, json, textwrap) for part in inspect.getsource(module).split("\n\n") if part]
 DOCUMENTS = [Document(text, str(index)) for index, text in enumerate(TEXTS)]

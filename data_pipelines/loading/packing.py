@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.token_shards import TokenShards
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.tokenization.token_shards import TokenShards
+from data_pipelines.tokenization.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
 

@@ -5,8 +5,8 @@ import hashlib
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from data_pipelines.standard_library import standard_library_files, standard_library_texts
-from data_pipelines.text_files import find_text_files, is_one_text, read_texts
+from data_pipelines.sources.standard_library import standard_library_files, standard_library_texts
+from data_pipelines.sources.text_files import find_text_files, is_one_text, read_texts
 
 STANDARD_LIBRARY = "stdlib"
 

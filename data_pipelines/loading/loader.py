@@ -9,9 +9,9 @@ import grain
 import jax
 from absl import flags
 
-from data_pipelines.packing import Batch, PackedRows, pack_documents
-from data_pipelines.token_shards import TokenShards
-from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.loading.packing import Batch, PackedRows, pack_documents
+from data_pipelines.tokenization.token_shards import TokenShards
+from data_pipelines.tokenization.tokenizer import Tokenizer
 from lfm_jax.configuration import ConfigError
 
 # Batches that are made ahead of the one in use.

@@ -1,0 +1,1 @@
+"""From ids on disk to batches: packing, order, and where in it one is."""

@@ -1,0 +1,1 @@
+"""From text to ids: tokenizers, and tokenized text on disk."""
