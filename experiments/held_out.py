@@ -6,6 +6,7 @@ import math
 from jax.sharding import Mesh
 
 from data_pipelines import Tokenizer, TokenShards, evaluation_batches
+from experiments.prepared_data import prepare_rows
 from lfm_jax.models import FunctionalModel
 from lfm_jax.models.functional import Tree
 from lfm_jax.training import LossConfig, evaluate_loss, host_part, make_eval_step, next_token_objective
@@ -20,6 +21,7 @@ class HeldOut:
     def __init__(
         self, shards: TokenShards, tokenizer: Tokenizer, functions: FunctionalModel, seq_len: int, batch_size: int, mesh: Mesh
     ):
+        prepare_rows(shards, seq_len)
         self._step = make_eval_step(functions, next_token_objective(LossConfig()), mesh)
         index, count = host_part(mesh)
         self._batches = evaluation_batches(

@@ -1,6 +1,7 @@
 """Text made ready for a model: a tokenizer, and both splits as token shards, each made once in a workdir."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import jax
 from etils import epath
@@ -8,19 +9,25 @@ from jax.experimental import multihost_utils
 
 from data_pipelines import (
     DocumentsConfig,
+    TokenizationConfig,
     Tokenizer,
     TokenizerConfig,
     TokenShards,
     load_tokenizer,
+    pack_shards,
     read_documents,
     read_token_shards,
+    rows_folder,
+    tokenize_corpus,
+    tokenize_corpus_with_beam,
     train_tokenizer,
-    write_token_shards,
 )
 from experiments.stages import TOKENIZER
 from lfm_jax.configuration import mistakes_in
 
 TOKENS = "tokens"
+Split = Literal["train", "held_out"]
+_TOKENIZATION = TokenizationConfig()
 _TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
@@ -41,16 +48,67 @@ def prepare_tokenizer(workdir: epath.Path, data: DocumentsConfig, training: Toke
         return load_tokenizer(folder)
 
 
-def prepare_split(workdir: epath.Path, data: DocumentsConfig, split: str, tokenizer: Tokenizer) -> TokenShards:
-    """The token shards of a split ("train" or "held_out") in the workdir, made there first if they are not.
+def prepare_split(
+    workdir: epath.Path,
+    data: DocumentsConfig,
+    split: Split,
+    tokenizer: Tokenizer,
+    tokenization: TokenizationConfig = _TOKENIZATION,
+) -> TokenShards:
+    """The token shards of a split in the workdir, made there first, on all cores, if they are not.
 
     Raises:
       ConfigError: the text cannot be read, or the shards in the workdir are damaged or another tokenizer's.
     """
     folder = workdir / TOKENS / split
     with mistakes_in("data"):
-        _once(folder, lambda: write_token_shards(read_documents(data, split), tokenizer, folder))
+        _once(folder, lambda: tokenize_corpus(data, split, tokenizer, folder, tokenization))
         return read_token_shards(folder, tokenizer)
+
+
+def prepare_split_with_beam(
+    workdir: epath.Path,
+    data: DocumentsConfig,
+    split: Split,
+    tokenizer: Tokenizer,
+    tokenization: TokenizationConfig,
+    options: Sequence[str],
+) -> TokenShards:
+    """As `prepare_split`, by Apache Beam, whose workers read the tokenizer that `prepare_tokenizer` has put into the workdir."""
+    folder = workdir / TOKENS / split
+    with mistakes_in("data"):
+        _once(
+            folder,
+            lambda: tokenize_corpus_with_beam(data, split, workdir / TOKENIZER, folder, tokenization, options),
+        )
+        return read_token_shards(folder, tokenizer)
+
+
+class PreparedText(NamedTuple):
+    """A tokenizer, and of each source its two splits."""
+
+    tokenizer: Tokenizer
+    train: list[TokenShards]
+    held_out: list[TokenShards]
+
+
+def read_tokenized(workdirs: Sequence[str]) -> PreparedText:
+    """The text that lies tokenized in workdirs, one for each source, all by the tokenizer of the first.
+
+    Raises:
+      ConfigError: there is none in one of them, or another tokenizer's.
+    """
+    folders = [epath.Path(workdir) for workdir in workdirs]
+    with mistakes_in("tokens_from"):
+        tokenizer = load_tokenizer(folders[0] / TOKENIZER)
+        splits = [[read_token_shards(folder / TOKENS / split, tokenizer) for folder in folders] for split in get_args(Split)]
+    return PreparedText(tokenizer, *splits)
+
+
+def prepare_rows(shards: TokenShards, seq_len: int, fill_in_the_middle: float = 0.0) -> None:
+    """Lets one process pack rows of a length that are not there yet; they stay beside the tokens."""
+    make = lambda: pack_shards(shards, seq_len, fill_in_the_middle=fill_in_the_middle)
+    _once(rows_folder(shards, seq_len, fill_in_the_middle), make)
 
 
 def _once(folder: epath.Path, make: Callable[[], object]) -> None:

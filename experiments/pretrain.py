@@ -3,9 +3,11 @@
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
+from jax.sharding import Mesh
 
 from data_pipelines import (
     DocumentsConfig,
@@ -17,7 +19,7 @@ from data_pipelines import (
 )
 from experiments.export import ExportConfig, export_and_check
 from experiments.held_out import HeldOut
-from experiments.prepared_data import prepare_split, prepare_tokenizer
+from experiments.prepared_data import PreparedText, prepare_rows, prepare_split, prepare_tokenizer, read_tokenized
 from experiments.results import write_results
 from experiments.stages import (
     TOKENIZER,
@@ -30,8 +32,9 @@ from experiments.stages import (
 )
 from lfm_jax.configuration import ConfigError, mistakes_in, to_mapping
 from lfm_jax.generation import SamplingConfig, generate
-from lfm_jax.models import ComputeConfig, ModelConfig
+from lfm_jax.models import ComputeConfig, FunctionalModel, ModelConfig
 from lfm_jax.models.accounting import parameter_groups, training_flops_per_token
+from lfm_jax.models.functional import Tree
 from lfm_jax.sharding import MeshConfig
 from lfm_jax.training import (
     LossConfig,
@@ -52,8 +55,11 @@ class Config:
     """A pre-training run.
 
     init_from: a workdir or a Hugging Face folder to train on from; None: random parameters of the architecture `model`.
+    data: the text, which is tokenized in the workdir. tokens_from: workdirs of tokenized text (see configs/tokenize_data.py), one
+      for each source of a mixture; where they are given, `data` is not read.
     model: the architecture; None: that of init_from, which otherwise must be the same.
-    tokenizer_from: a tokenizer's file or folder; None: that of init_from, or else one is trained as `tokenizer` says.
+    tokenizer_from: a tokenizer's file or folder; None: that of init_from or tokens_from, or else one is trained as `tokenizer`
+      says.
     loader: how rows and batches are made of the tokens. prompts: what samples begin with.
     evaluation_batches: held-out batches that are measured on the way; None: all. At the end it is always all.
     export: how the model is written as a Hugging Face folder at the end; None: it is not.
@@ -63,7 +69,8 @@ class Config:
     model: ModelConfig | None = None
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
-    data: DocumentsConfig
+    data: DocumentsConfig | None = None
+    tokens_from: tuple[str, ...] = ()
     tokenizer: TokenizerConfig = TokenizerConfig()
     tokenizer_from: str | None = None
     loader: LoaderConfig
@@ -78,18 +85,22 @@ class Config:
     def __post_init__(self):
         if self.init_from is None and self.model is None:
             raise ValueError("give model, to start anew, or init_from, to go on from a trained one")
+        if self.data is None and not self.tokens_from:
+            raise ValueError("give data.source, the text to train on, or tokens_from, workdirs of tokenized text")
         make_schedule(self.optimizer.schedule, self.optimizer.learning_rate, self.train.steps)  # refuses what does not fit
 
 
 def main(config: Config, workdir: epath.Path) -> None:
     """Prepares the text, trains, measures on the held-out split, samples, exports, and writes every figure."""
     watch = _Stopwatch()
-    mesh = mesh_for(config.mesh, config.loader.batch_size, config.train.accumulation)
+    for batch_size, _ in config.loader.shapes():
+        mesh = mesh_for(config.mesh, batch_size, config.train.accumulation)
     before = None if config.init_from is None else load_stage(config.init_from, config.compute, mesh)
-    tokenizer_from = config.tokenizer_from or (before and str(before.tokenizer_path))
-    tokenizer = prepare_tokenizer(workdir, config.data, config.tokenizer, tokenizer_from)
-    watch.lap("tokenizer")
-    shards = {split: prepare_split(workdir, config.data, split, tokenizer) for split in ("train", "held_out")}
+    text = _text(config, workdir, before)
+    tokenizer = text.tokenizer
+    for _, seq_len in config.loader.shapes():
+        for shards in text.train:
+            prepare_rows(shards, seq_len, config.loader.fill_in_the_middle)
     watch.lap("tokens")
     model = fit_vocabulary(_architecture(config, before), tokenizer)
     write_model_config(workdir, model)
@@ -97,13 +108,14 @@ def main(config: Config, workdir: epath.Path) -> None:
     with mistakes_in("mesh"):
         check_mesh(functions, mesh)
     index, count = host_part(mesh)
-    batches = training_batches(shards["train"], config.loader, tokenizer, process_index=index, process_count=count)
+    with mistakes_in("loader"):
+        batches = training_batches(text.train, config.loader, tokenizer, process_index=index, process_count=count)
     if config.train.steps > len(batches):
         raise ConfigError(
             f"train.steps is {config.train.steps}, but loader.epochs={config.loader.epochs} of the text make {len(batches)} "
             f"batches; raise loader.epochs (None: without end), or set --config.train.steps={len(batches)}."
         )
-    held_out = HeldOut(shards["held_out"], tokenizer, functions, config.loader.seq_len, config.loader.batch_size, mesh)
+    measure = _measure(config, text, functions, mesh)
     trained = train(
         config.train,
         functions=functions,
@@ -113,17 +125,17 @@ def main(config: Config, workdir: epath.Path) -> None:
         mesh=mesh,
         workdir=workdir,
         run_config=to_mapping(config),
-        evaluate=lambda params, buffers: held_out.measure(params, buffers, most_batches=config.evaluation_batches),
+        evaluate=lambda params, buffers: measure(params, buffers, config.evaluation_batches),
         initial=None if before is None else (before.params, before.buffers),
         flops_per_token=training_flops_per_token(model, config.loader.seq_len),
     )
     watch.lap("training")
     params, buffers = trained.state.params, trained.state.buffers
     stage = Stage(model, functions, params, buffers, tokenizer, workdir / TOKENIZER, config.train.steps)
-    figures = held_out.measure(params, buffers)
-    figures |= ngram_bits_per_byte(shards["train"], shards["held_out"], tokenizer)
+    figures = measure(params, buffers, None)
+    figures |= ngram_bits_per_byte(text.train[0], text.held_out[0], tokenizer)
     watch.lap("evaluation")
-    figures |= _figures_of_training(config, workdir, model, shards["train"])
+    figures |= _figures_of_training(config, workdir, model, text.train)
     figures["samples"] = _samples(config, stage)
     watch.lap("samples")
     if config.export is not None:
@@ -131,6 +143,39 @@ def main(config: Config, workdir: epath.Path) -> None:
         watch.lap("export")
     figures |= {"seconds": sum(watch.seconds.values()), "seconds_by_part": watch.seconds, "resumed_at_step": trained.started_at}
     write_results(workdir, figures, config)
+
+
+def _text(config: Config, workdir: epath.Path, before: Stage | None) -> PreparedText:
+    """The text that is trained on and that is held out. The tokenizer is in the workdir then, as every stage has its own."""
+    given = config.tokenizer_from or (before and str(before.tokenizer_path))
+    if config.tokens_from:
+        given = given or str(epath.Path(config.tokens_from[0]) / TOKENIZER)
+        text = read_tokenized(config.tokens_from)
+        tokenizer = prepare_tokenizer(workdir, config.data, config.tokenizer, given)
+        if tokenizer.fingerprint != text.tokenizer.fingerprint:
+            raise ConfigError(f"{given} is another tokenizer than that of tokens_from; tokenize with it, or leave it out.")
+        return text
+    tokenizer = prepare_tokenizer(workdir, config.data, config.tokenizer, given)
+    train, held_out = (prepare_split(workdir, config.data, split, tokenizer) for split in ("train", "held_out"))
+    return PreparedText(tokenizer, [train], [held_out])
+
+
+def _measure(
+    config: Config, text: PreparedText, functions: FunctionalModel, mesh: Mesh
+) -> Callable[[Tree, Tree, int | None], dict[str, float]]:
+    """(params, buffers, most batches) -> figures of the held-out text; from the second source on they have its name."""
+    shape = config.loader.seq_len, config.loader.batch_size, mesh
+    parts = [HeldOut(shards, text.tokenizer, functions, *shape) for shards in text.held_out]
+    names = ["", *(f"_of_{epath.Path(workdir).name}" for workdir in config.tokens_from[1:])]
+
+    def measure(params: Tree, buffers: Tree, most_batches: int | None) -> dict[str, float]:
+        return {
+            figure + name: value
+            for name, part in zip(names, parts, strict=True)
+            for figure, value in part.measure(params, buffers, most_batches=most_batches).items()
+        }
+
+    return measure
 
 
 def _architecture(config: Config, before: Stage | None) -> ModelConfig:
@@ -157,7 +202,7 @@ class _Stopwatch:
         self.seconds[name], self._last = now - self._last, now
 
 
-def _figures_of_training(config: Config, workdir: epath.Path, model: ModelConfig, shards: TokenShards) -> dict[str, Any]:
+def _figures_of_training(config: Config, workdir: epath.Path, model: ModelConfig, sources: list[TokenShards]) -> dict[str, Any]:
     """What was trained on how much, how fast, and where the parameters are; also draws loss.png."""
     metrics = read_metrics(workdir)
     _plot_loss(metrics, workdir / "loss.png")
@@ -167,9 +212,9 @@ def _figures_of_training(config: Config, workdir: epath.Path, model: ModelConfig
     return {
         "tokens_per_second": statistics.median(rates) if rates else None,
         "steps": config.train.steps,
-        "tokens_trained": config.train.steps * config.loader.batch_size * config.loader.seq_len,
-        "tokens_in_training_split": shards.tokens,
-        "bytes_per_token": shards.text_bytes / shards.tokens,
+        "tokens_trained": config.loader.positions(config.train.steps),
+        "tokens_in_training_split": sum(shards.tokens for shards in sources),
+        "bytes_per_token": sum(shards.text_bytes for shards in sources) / sum(shards.tokens for shards in sources),
         "parameters": total,
         "parameter_audit": [
             {"group": group, "parameters": count, "share": count / total} for group, count in groups.items()

@@ -5,11 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.tokenization.token_shards import TokenShards
-from data_pipelines.tokenization.tokenizer import Tokenizer
-
-Batch = dict[str, np.ndarray]
-
 
 class Packing(NamedTuple):
     """Which pieces of which documents are in which row. Arrays are int64.
@@ -108,56 +103,3 @@ def _fill_rows(lengths: np.ndarray, seq_len: int) -> np.ndarray:
                     mirrored ^= bits[seq_len - taken]
         row += 1
     return np.asarray(rows, np.int64)
-
-
-class PackedRows:
-    """The rows of a packing, made as they are asked for: a sequence of batches without the batch dimension. Can be pickled."""
-
-    def __init__(self, shards: TokenShards, packing: Packing, tokenizer: Tokenizer):
-        """shards: the documents that were packed; tokenizer: whose special ids stand around them."""
-        self._shards, self._packing = shards, packing
-        self._bos_id, self._eos_id, self._pad_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
-
-    def __len__(self) -> int:
-        """The number of rows."""
-        return len(self._packing)
-
-    def __getitem__(self, row: int) -> Batch:
-        """tokens, targets, segment_ids, positions (int32) and loss_mask (float32), [seq_len] each; the rest is padding."""
-        packing = self._packing
-        packed, at = self.empty_row(), 0
-        pieces = range(packing.offsets[row], packing.offsets[row + 1])
-        for segment, piece in enumerate(pieces, start=1):
-            length = int(packing.lengths[piece])
-            here = slice(at, at + length)
-            known = self._window(int(packing.documents[piece]), int(packing.starts[piece]), length + 1)
-            packed["tokens"][here] = known[:-1]
-            packed["targets"][here] = known[1:]
-            packed["segment_ids"][here] = segment
-            packed["positions"][here] = np.arange(length)
-            packed["loss_mask"][here] = 1
-            at += length
-        return packed
-
-    def empty_row(self) -> Batch:
-        """A row of padding."""
-        seq_len = self._packing.seq_len
-        return {
-            "tokens": np.full(seq_len, self._pad_id, np.int32),
-            "targets": np.full(seq_len, self._pad_id, np.int32),
-            "segment_ids": np.zeros(seq_len, np.int32),
-            "positions": np.zeros(seq_len, np.int32),
-            "loss_mask": np.zeros(seq_len, np.float32),
-        }
-
-    def _window(self, document: int, start: int, length: int) -> np.ndarray:
-        """`length` of [bos, *ids, eos], from `start` on."""
-        ids = self._shards[document]
-        window = np.empty(length, np.int32)
-        first, last = start == 0, start + length == len(ids) + 2
-        window[first : length - last] = ids[max(start - 1, 0) : start - 1 + length - last]
-        if first:
-            window[0] = self._bos_id
-        if last:
-            window[-1] = self._eos_id
-        return window

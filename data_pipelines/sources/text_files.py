@@ -1,48 +1,57 @@
-"""Texts in files of the usual formats, read as a stream, with every bad record named by file and line."""
+"""Texts in files of the usual formats, found and read as a stream, with every bad record named by file and line."""
 
+import functools
 import gzip
 import io
-import json
+import re
 import zlib
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import zstandard
 from etils import epath
 
+from data_pipelines.sources.parquet_files import read_rows
+from data_pipelines.sources.quarantine import Quarantine, good_records
+from data_pipelines.sources.records import Fields, Record, parse_json, parse_values, parse_whole
+
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-# What one text may take: a line without an end would otherwise be read whole, however long.
-MAX_TEXT_BYTES = 1 << 26
 # A kilobyte of zstandard can stand for 32 MB.
 _ZSTD_READ_BYTES = 1 << 12
-_PARQUET_ROWS = 256
+_SKIP_BYTES = 1 << 20
+# How files of a split are named on the Hugging Face hub: `train-00000-of-00002.parquet`, `test.jsonl`, `validation/0000.parquet`.
+_SPLIT = re.compile(r"(train(ing)?|valid(ation)?|val|dev|test(ing)?|eval(uation)?)(?![a-z0-9])", re.IGNORECASE)
 
 
 def find_text_files(source: epath.PathLike) -> list[tuple[str, epath.Path]]:
     """(name, path) of the files of a source that can be read, sorted by name.
 
     Args:
-      source: a file, a folder (searched through and through), or a pattern in the last part of a path, as in `books/train-*.zst`.
-        Names are relative to the folder that the source names or lies in. In a folder, files of other kinds and hidden ones are
-        passed over.
+      source: a file, a folder (searched through and through), or a pattern, as in `books/train-*.zst` or `books/*/train-*.zst`.
+        Names are relative to the folder that the source names or lies in, for a pattern the last one before the first `*`. In a
+        folder, files of other kinds and hidden ones are passed over.
     Raises:
       FileNotFoundError: there is nothing of that name.
-      ValueError: there is, but no file of a kind that is read.
+      ValueError: there is, but no file of a kind that is read; or a folder that holds several splits of a dataset, which no one
+        means to train on together. A pattern is taken at its word.
     """
     path = epath.Path(source)
-    if "*" in path.name:
-        root, candidates = path.parent, sorted(path.parent.glob(path.name))
+    is_pattern = "*" in str(source)
+    if is_pattern:
+        root, candidates = _glob(path)
     elif path.is_dir():
         root, candidates = path, list(_walk(path))
     else:
-        root, candidates = path.parent, [path]
-    if not candidates or not all(candidate.exists() for candidate in candidates):
+        root, candidates = path.parent, [path] if path.exists() else []
+    if not candidates:
         raise FileNotFoundError(f"source {str(source)!r} does not exist; give a file, a folder, or 'stdlib' for Python's own")
-    found = [file for file in candidates if file.name.endswith(SUFFIXES)]
+    found = sorted((file.relative_to(root).as_posix(), file) for file in candidates if file.name.endswith(SUFFIXES))
     if not found:
         names = ", ".join(file.name for file in candidates[:5])
         raise ValueError(f"source {str(source)!r} holds no file that can be read ({', '.join(SUFFIXES)}), but {names}")
-    return sorted((file.relative_to(root).as_posix(), file) for file in found)
+    if not is_pattern:
+        _check_splits(root, [name for name, file in found if not is_one_text(file)])
+    return found
 
 
 def is_one_text(path: epath.Path) -> bool:
@@ -50,26 +59,37 @@ def is_one_text(path: epath.Path) -> bool:
     return path.name.endswith(".txt")
 
 
-def read_texts(path: epath.Path, text_field: str) -> Iterator[tuple[int, str]]:
-    """(line or row, counted from 1; text) of every record of a file.
+def read_records(
+    path: epath.Path, name: str, fields: Fields, wanted: Callable[[int], bool] | None, quarantine: Quarantine | None
+) -> Iterator[Record]:
+    """The records of a file, read as they are asked for: a line, or some rows of a table, are in memory at a time.
 
     Args:
       path: a file with one of `SUFFIXES`. A .txt file is one text; blank lines of .jsonl are no records.
-      text_field: the field (column) that holds the text.
+      name: of the file, for the quarantine.
+      wanted: whether the record of a line or row, counted from 1, is read; None: all are.
+      quarantine: takes the bad records.
     Raises:
-      ValueError: a record that is no UTF-8 or no JSON object, whose text is missing, empty or no string, a text or line longer
-        than `MAX_TEXT_BYTES`, or a damaged file; the message names file and line.
+      ValueError: a bad record and no quarantine, or a damaged file; the message names file and line.
     """
     if is_one_text(path):
-        records = _read_whole(path)
+        contents, parse = _read_whole(path, fields.max_bytes), parse_whole
     elif path.name.endswith(".parquet"):
-        records = _read_parquet(path, text_field)
+        contents, parse = read_rows(path, fields, wanted), parse_values
     else:
-        records = _read_jsonl(path, text_field)
-    for index, text in records:
-        if not text:
-            raise ValueError(f"{path}:{index}: the text is empty; remove the record")
-        yield index, text
+        contents, parse = _read_lines(path, fields.max_bytes, wanted), parse_json
+    yield from good_records(contents, functools.partial(parse, fields=fields), path, name, quarantine)
+
+
+def _glob(path: epath.Path) -> tuple[epath.Path, list[epath.Path]]:
+    """The last folder before the pattern begins, and what matches."""
+    if "**" in str(path):  # etils.epath has no such patterns
+        raise ValueError(f"source {str(path)!r}: '**' is not understood; give the folder, all of which is read, or a '*' a level")
+    parts = []
+    while "*" in str(path):
+        parts.insert(0, path.name)
+        path = path.parent
+    return path, list(path.glob("/".join(parts)))
 
 
 def _walk(folder: epath.Path) -> Iterator[epath.Path]:
@@ -79,37 +99,61 @@ def _walk(folder: epath.Path) -> Iterator[epath.Path]:
         yield from _walk(path) if path.is_dir() else [path]
 
 
-def _read_whole(path: epath.Path) -> Iterator[tuple[int, str]]:
+def _check_splits(root: epath.Path, names: list[str]) -> None:
+    """Refuses files that are of more than one split of a dataset."""
+    splits = {}
+    for name in names:
+        *folders, file = name.split("/")
+        match = _SPLIT.match(file) or next(filter(None, map(_SPLIT.fullmatch, folders)), None)
+        if match:
+            splits.setdefault(match[0], []).append(name)
+    if len(splits) > 1:
+        patterns = ", ".join(str(root / _pattern(split, files)) for split, files in sorted(splits.items()))
+        raise ValueError(
+            f"source {str(root)!r} holds several splits of a dataset, {', '.join(sorted(splits))}; name the one that is meant by "
+            f"a pattern: {patterns}"
+        )
+
+
+def _pattern(split: str, names: list[str]) -> str:
+    """A pattern that matches the files of a split, as far as they lie equally deep."""
+    pattern = []
+    for parts in zip(*(name.split("/") for name in names), strict=False):
+        starts = all(part.startswith(split) for part in parts)
+        pattern.append(parts[0] if len(set(parts)) == 1 else f"{split}*" if starts else "*")
+    ends = {next(suffix for suffix in SUFFIXES if name.endswith(suffix)) for name in names}
+    return "/".join(pattern) + (ends.pop() if pattern[-1].endswith("*") and len(ends) == 1 else "")
+
+
+def _read_whole(path: epath.Path, limit: int) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
-        content = file.read(MAX_TEXT_BYTES + 1)
-    if len(content) > MAX_TEXT_BYTES:
-        raise ValueError(f"{path}: more than {MAX_TEXT_BYTES} bytes are one text; split the file, or write a .jsonl of its parts")
-    yield 1, _decode(content, f"{path}:1")
+        yield 1, file.read(limit + 1)
 
 
-def _decode(content: bytes, where: str) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: no UTF-8 ({error.reason} at byte {error.start}); convert or remove the record") from error
-
-
-def _read_jsonl(path: epath.Path, text_field: str) -> Iterator[tuple[int, str]]:
+def _read_lines(path: epath.Path, limit: int, wanted: Callable[[int], bool] | None) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of those that are not blank; of a line that is longer than the limit, one byte more than that."""
     number = 0
     with path.open("rb") as raw:
         file = _decompress(raw, path.name)
-        while True:
-            number += 1
-            try:
-                line = file.readline(MAX_TEXT_BYTES + 1)
-            except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
-                raise ValueError(f"{path}: damaged or cut off near line {number} ({error}); fetch or write it again") from error
-            if not line:
-                return
-            if len(line) > MAX_TEXT_BYTES:
-                raise ValueError(f"{path}:{number}: the line is longer than {MAX_TEXT_BYTES} bytes; split the record")
-            if line.strip():
-                yield number, _text_of(line, text_field, f"{path}:{number}")
+        try:
+            while line := file.readline(limit + 1):
+                number += 1
+                blank = not line.strip()
+                if len(line) > limit:
+                    blank = _skip_line(file, line) and blank
+                if not blank and (wanted is None or wanted(number)):
+                    yield number, line
+        except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+            raise ValueError(f"{path}: damaged or cut off near line {number + 1} ({error}); fetch or write it again") from error
+
+
+def _skip_line(file: BinaryIO, start: bytes) -> bool:
+    """Reads on to the end of a line that has begun, without keeping it; whether the rest of it is blank."""
+    blank = True
+    while start and not start.endswith(b"\n"):
+        start = file.readline(_SKIP_BYTES)
+        blank = blank and not start.strip()
+    return blank
 
 
 def _decompress(raw: BinaryIO, name: str) -> BinaryIO:
@@ -144,51 +188,3 @@ class _ZstdReader(io.RawIOBase):
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
-
-
-def _text_of(line: bytes, text_field: str, where: str) -> str:
-    text = _decode(line, where)
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: no JSON ({error}); repair or remove the line") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object with the field {text_field!r}, got {type(record).__name__}")
-    if text_field not in record:
-        raise ValueError(f"{where}: there is no field {text_field!r}, but {_names(record)}; set text_field to the text's")
-    return _checked(record[text_field], text_field, where)
-
-
-def _names(names: Any) -> str:
-    return ", ".join(map(repr, names)) or "none at all"
-
-
-def _checked(text: Any, text_field: str, where: str) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: {text_field!r} is {type(text).__name__}, not text; set text_field to the field with the text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # "\ud800" is valid JSON
-        raise ValueError(f"{where}: {text_field!r} is no UTF-8 ({error.reason}); repair or remove the record") from error
-    return text
-
-
-def _read_parquet(path: epath.Path, text_field: str) -> Iterator[tuple[int, str]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    with path.open("rb") as raw:
-        try:
-            file = parquet.ParquetFile(raw)
-            if text_field not in file.schema_arrow.names:
-                raise ValueError(
-                    f"{path}: there is no column {text_field!r}, but {_names(file.schema_arrow.names)}; set text_field "
-                    "to the text's"
-                )
-            number = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
-                for text in batch.column(text_field).to_pylist():
-                    number += 1
-                    yield number, _checked(text, text_field, f"{path}:{number}")
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: no Parquet file, or a damaged one ({error}); fetch or write it again") from error

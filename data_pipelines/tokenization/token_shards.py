@@ -1,228 +1,133 @@
-"""Documents as ids on disk: ArrayRecord files with an index, read at random."""
+"""Documents as ids on disk, read at random: ArrayRecord files, beside each the lengths of its documents, and one index."""
 
+import functools
 import hashlib
+import io
 import json
 import os
-import sys
-import tempfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python import array_record_module
 from etils import epath
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from data_pipelines.sources.documents import Document
 from data_pipelines.tokenization.tokenizer import Tokenizer
 
 INDEX = "index.json"
-LENGTHS = "lengths.npy"
-_FORMAT = 1
-# A record by itself can be read without its neighbours; ids hardly compress, and reading them should cost nothing.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
-# What is tokenized at a time: enough for every core, little beside the machine's memory.
-_BATCH_BYTES = 1 << 23
+FORMAT = 2
+# Files that a process has open at a time, of maybe 15,000: a reader takes about 8 bytes a document, and so do its lengths.
+_OPEN_FILES = 64
+# As array_record's own data source opens files: nothing is read ahead of what is asked for.
+_READER_OPTIONS = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}
 _REMAKE = "delete the folder and tokenize again"
 
 
-class _Records(NamedTuple):
-    """All records of one file, in the form in which array_record takes it without opening the file."""
+class Shard(NamedTuple):
+    """A file of documents, its number of documents and that of their ids.
 
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
+    difficulty: the mean over the documents that have one; None: none has.
+    """
+
+    file: str
+    documents: int
+    tokens: int
+    difficulty: float | None
 
 
 class TokenShards:
-    """A tokenized text: a sequence of documents, each an array of ids without special symbols. Can be pickled.
+    """A tokenized text: a sequence of documents, each an array of ids without special symbols. Can be pickled, used by threads.
 
-    documents, tokens, text_bytes: their number, that of their ids and of the bytes of the text in UTF-8. lengths: [documents]
-    int64, ids of each document. vocab_size: ids are below it. fingerprint: of all ids, and of the tokenizer that made them.
+    A file is checked when it is opened: that it is there, has the size and the number of records that the index gives, and its
+    lengths the SHA-256; so opening the whole costs the same whatever its size. Few files are kept open.
+
+    folder: where it lies. shards: its files. documents, tokens, text_bytes: their number, that of their ids and of the bytes of
+    the text in UTF-8. bad_records: how many could not be read and are in `quarantine.jsonl`. vocab_size: ids are below it.
+    fingerprint: of all ids, and of the tokenizer that made them.
     """
 
-    def __init__(self, folder: epath.Path, index: dict[str, Any], lengths: np.ndarray):
-        """folder, index, lengths: as `read_token_shards` has checked them."""
+    def __init__(self, folder: epath.Path, index: dict[str, Any]):
+        """folder, index: as `read_token_shards` has checked them."""
+        self.folder = folder
+        self.shards = tuple(Shard(*(entry[field] for field in Shard._fields)) for entry in index["shards"])
         self.documents: int = index["documents"]
         self.tokens: int = index["tokens"]
         self.text_bytes: int = index["text_bytes"]
+        self.bad_records = sum(index["records"]["bad"].values())
         self.vocab_size: int = index["tokenizer"]["vocab_size"]
-        self.lengths = lengths
-        self.fingerprint = hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
-        self._folder = folder
+        self.fingerprint = _fingerprint(index)
+        self._index = index
         self._dtype = np.dtype(index["dtype"])
-        files = [
-            _Records(os.fspath(folder / shard["file"]), 0, shard["documents"], shard["documents"]) for shard in index["shards"]
-        ]
-        self._records = array_record_data_source.ArrayRecordDataSource(files)
+        self._ends = np.cumsum([shard.documents for shard in self.shards])
+        # Not methods: a cache of these would keep the readers of a forgotten object open.
+        self._reader = functools.lru_cache(_OPEN_FILES)(functools.partial(_open_records, folder, index["shards"]))
+        self._lengths = functools.lru_cache(_OPEN_FILES)(functools.partial(_open_lengths, folder, index["shards"]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenShards, (self.folder, self._index)
 
     def __len__(self) -> int:
         """The number of documents."""
         return self.documents
 
     def __getitem__(self, document: int) -> np.ndarray:
-        """The ids of a document, [length] uint16 or uint32.
-
-        Raises:
-          IndexError: there is no such document.
-          ValueError: its record is damaged.
-        """
+        """The ids of a document of the whole, counted through all files: as `read`."""
         if not 0 <= document < self.documents:
             raise IndexError(f"document {document} of {self.documents}")
+        shard = int(np.searchsorted(self._ends, document, side="right"))
+        return self.read(shard, int(document) - int(self._ends[shard]) + self.shards[shard].documents)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[documents] int64, ids of each document of the whole; of a large corpus better file by file, with `lengths_of`."""
+        return np.concatenate([self._lengths(shard) for shard in range(len(self.shards))])
+
+    def lengths_of(self, shard: int) -> np.ndarray:
+        """[documents] int64, not to be written to: ids of each document of a file.
+
+        Raises:
+          FileNotFoundError: its file of lengths is missing.
+          ValueError: that file is damaged.
+        """
+        return self._lengths(shard)
+
+    def read(self, shard: int, document: int) -> np.ndarray:
+        """The ids of a document of a file: as `read_many`, which is faster for several."""
+        return self.read_many(shard, [document])[0]
+
+    def read_many(self, shard: int, documents: Sequence[int]) -> list[np.ndarray]:
+        """The ids of documents of one file, in any order: [length] uint16 or uint32 each.
+
+        Raises:
+          IndexError: there is no such document in the file.
+          FileNotFoundError: the file, or that of its lengths, is missing.
+          ValueError: the file is damaged; the message names it and the document.
+        """
+        documents = [int(document) for document in documents]
+        name, count = self.shards[shard].file, self.shards[shard].documents
+        for document in documents:
+            if not 0 <= document < count:
+                raise IndexError(f"document {document} of {count} in {name}")
+        lengths = self._lengths(shard)
         try:
-            ids = np.frombuffer(self._records[int(document)], self._dtype)
+            # Of an empty list, array_record makes the next record.
+            records = self._reader(shard).read(documents) if documents else []
+            found = [np.frombuffer(record, self._dtype) for record in records]
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{self._folder}: document {document} cannot be read ({error}); {_REMAKE}") from error
-        if len(ids) != self.lengths[document]:
-            raise ValueError(
-                f"{self._folder}: document {document} has {len(ids)} ids, {self.lengths[document]} by {LENGTHS}; {_REMAKE}"
-            )
-        return ids
-
-
-def write_token_shards(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    folder: epath.PathLike,
-    *,
-    shard_tokens: int = 1 << 26,
-    threads: int | None = None,
-) -> TokenShards:
-    """Tokenizes a stream of documents into a new folder, which appears under its name only when all of it is there.
-
-    The folder has one record a document in `tokens-NNNNN.array_record`, `lengths.npy`, and `index.json` with the counts, the
-    tokenizer's fingerprint and a SHA-256 of each file. Its bytes do not depend on the number of threads.
-
-    Args:
-      documents: read once; what is in memory at a time is a few megabytes.
-      folder: must not exist; what an interrupted run has left beside it is removed.
-      shard_tokens: a file is closed when it has this many ids.
-      threads: for the tokenizer; None: one for each core.
-    Raises:
-      FileExistsError: the folder is there already.
-      ValueError: there is no document, or `shard_tokens` is not positive.
-    """
-    folder = epath.Path(folder)
-    if shard_tokens < 1:
-        raise ValueError(f"shard_tokens must be positive, got {shard_tokens}")
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; read it with read_token_shards, or delete it to tokenize again")
-    part = folder.parent / f".{folder.name}.part"
-    if part.exists():
-        part.rmtree()
-    part.mkdir(parents=True)
-    writer = _ShardWriter(part, np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"), shard_tokens)
-    with writer, _progress() as progress:
-        task = progress.add_task("tokenizing", total=None, figures="")
-        for batch in _batches(documents):
-            for text, ids in zip(batch, tokenizer.encode_batch(batch, threads), strict=True):
-                writer.add(ids, len(text.encode()))
-            progress.update(task, figures=f"{len(writer.lengths):,} documents, {writer.tokens:,} tokens")
-    if not writer.lengths:
-        part.rmtree()
-        raise ValueError("there is no document to tokenize")
-    writer.finish(tokenizer)
-    part.rename(folder)
-    return read_token_shards(folder, tokenizer)
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("{task.fields[figures]}"))
-    return Progress(*columns, disable=not sys.stderr.isatty(), transient=True)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
-    """The texts, in groups of about `_BATCH_BYTES`."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document.text)
-        size += len(document.text)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-class _ShardWriter:
-    """Writes records to numbered files, each of which is closed when it is full."""
-
-    def __init__(self, folder: epath.Path, dtype: np.dtype, shard_tokens: int):
-        self.lengths: list[int] = []
-        self.tokens = 0
-        self._text_bytes = 0
-        self._folder, self._dtype, self._shard_tokens = folder, dtype, shard_tokens
-        self._shards: list[dict[str, Any]] = []
-        self._file: array_record_module.ArrayRecordWriter | None = None
-        # array_record writes local files only.
-        self._staging = tempfile.TemporaryDirectory() if _is_remote(folder) else None
-
-    def __enter__(self) -> "_ShardWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._close()
-        if self._staging is not None:
-            self._staging.cleanup()
-
-    def add(self, ids: list[int], text_bytes: int) -> None:
-        """Appends a document."""
-        if self._file is None:
-            self._shards.append({"file": f"tokens-{len(self._shards):05}.array_record", "documents": 0, "tokens": 0})
-            self._file = array_record_module.ArrayRecordWriter(os.fspath(self._local()), _WRITER_OPTIONS)
-        shard = self._shards[-1]
-        self._file.write(np.asarray(ids, self._dtype).tobytes())
-        self.lengths.append(len(ids))
-        self.tokens += len(ids)
-        self._text_bytes += text_bytes
-        shard["documents"] += 1
-        shard["tokens"] += len(ids)
-        if shard["tokens"] >= self._shard_tokens:
-            self._close()
-
-    def finish(self, tokenizer: Tokenizer) -> None:
-        """Writes the lengths and, last, the index."""
-        with (self._folder / LENGTHS).open("wb") as file:
-            np.save(file, np.asarray(self.lengths, np.int64))
-        index = {
-            "format": _FORMAT,
-            "documents": len(self.lengths),
-            "tokens": self.tokens,
-            "text_bytes": self._text_bytes,
-            "dtype": self._dtype.str,
-            "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
-            "lengths_sha256": _sha256(self._folder / LENGTHS),
-            "shards": self._shards,
-        }
-        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-    def _local(self) -> Path:
-        return Path(self._folder if self._staging is None else self._staging.name) / self._shards[-1]["file"]
-
-    def _close(self) -> None:
-        self._file.close()
-        self._file = None
-        local, shard = self._local(), self._shards[-1]
-        shard |= {"bytes": local.stat().st_size, "sha256": _sha256(epath.Path(local))}
-        if self._staging is not None:
-            epath.Path(local).copy(self._folder / local.name)
-            local.unlink()
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)
-
-
-def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+            if len(documents) > 1:  # one of them
+                return [self.read(shard, document) for document in documents]
+            raise ValueError(f"{self.folder / name}: document {documents[0]} cannot be read ({error}); {_REMAKE}") from error
+        for document, ids in zip(documents, found, strict=True):
+            if len(ids) != lengths[document]:
+                raise ValueError(
+                    f"{self.folder / name}: document {document} has {len(ids)} ids, {lengths[document]} by "
+                    f"{lengths_file(name)}; {_REMAKE}"
+                )
+        return found
 
 
 def read_token_shards(folder: epath.PathLike, tokenizer: Tokenizer | None = None, *, check_contents: bool = False) -> TokenShards:
-    """Opens what `write_token_shards` has written.
+    """Opens a folder of token shards; only its index is read, see `TokenShards`.
 
     Args:
       tokenizer: the one that the ids are meant for.
@@ -233,46 +138,82 @@ def read_token_shards(folder: epath.PathLike, tokenizer: Tokenizer | None = None
       ValueError: another tokenizer made the ids, a file is damaged, or counts differ; the message names the file.
     """
     folder = epath.Path(folder)
-    if not (folder / INDEX).exists():
-        raise FileNotFoundError(f"{folder / INDEX} does not exist: no tokenized text is there, or a part of one; {_REMAKE}")
-    index = json.loads((folder / INDEX).read_text())
-    if index.get("format") != _FORMAT:
-        raise ValueError(f"{folder / INDEX} is of format {index.get('format')!r}, this version reads {_FORMAT}; {_REMAKE}")
+    index = _read_index(folder / INDEX)
     if tokenizer is not None and index["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         raise ValueError(
             f"{folder} was tokenized with another tokenizer ({index['tokenizer']['vocab_size']} ids, fingerprint "
             f"{index['tokenizer']['fingerprint'][:12]}) than the given one ({tokenizer.vocab_size} ids, fingerprint "
             f"{tokenizer.fingerprint[:12]}), so its ids mean something else; {_REMAKE}"
         )
-    for shard in index["shards"]:
-        _check_shard(folder / shard["file"], shard, check_contents)
-    return TokenShards(folder, index, _read_lengths(folder, index))
+    for shard, entry in enumerate(index["shards"] if check_contents else []):
+        _open_records(folder, index["shards"], shard)
+        _open_lengths(folder, index["shards"], shard)
+        if sha256_of(folder / entry["file"]) != entry["sha256"]:
+            raise ValueError(f"{folder / entry['file']} has changed since it was written (SHA-256); {_REMAKE}")
+    return TokenShards(folder, index)
 
 
-def _check_shard(path: epath.Path, shard: dict[str, Any], check_contents: bool) -> None:
+def lengths_file(file: str) -> str:
+    """The name of the file with the lengths of a shard's documents."""
+    return file.replace("tokens", "lengths", 1).replace(".array_record", ".npy")
+
+
+def sha256_of(path: epath.Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_index(path: epath.Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: no tokenized text is there, or a part of one; {_REMAKE}")
+    try:
+        index = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {_REMAKE}") from error
+    if index.get("format") != FORMAT:
+        raise ValueError(f"{path} is of format {index.get('format')!r}, this version reads {FORMAT}; {_REMAKE}")
+    for count in ("documents", "tokens"):
+        total = sum(entry[count] for entry in index["shards"])
+        if total != index[count]:
+            raise ValueError(f"{path} is damaged: it gives {index[count]} {count}, its files have {total}; {_REMAKE}")
+    return index
+
+
+def _fingerprint(index: dict[str, Any]) -> str:
+    """SHA-256 of what the ids depend on, not of where the text lay."""
+    shards = [[entry["documents"], entry["sha256"], entry["lengths_sha256"]] for entry in index["shards"]]
+    return hashlib.sha256(json.dumps([index["dtype"], index["tokenizer"], shards], sort_keys=True).encode()).hexdigest()
+
+
+def _open_records(folder: epath.Path, entries: list[dict[str, Any]], shard: int) -> array_record_module.ArrayRecordReader:
+    entry = entries[shard]
+    path = folder / entry["file"]
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; {_REMAKE}")
     size = path.stat().length
-    if size != shard["bytes"]:
-        raise ValueError(f"{path} has {size} bytes, {shard['bytes']} by {INDEX}; {_REMAKE}")
-    # A truncated file can say that it holds nothing.
+    if size != entry["bytes"]:
+        raise ValueError(f"{path} has {size} bytes, {entry['bytes']} by {INDEX}; {_REMAKE}")
     try:
-        reader = array_record_module.ArrayRecordReader(os.fspath(path))
+        reader = array_record_module.ArrayRecordReader(os.fspath(path), **_READER_OPTIONS)
         count = reader.num_records()
-        reader.close()
+        if count != entry["documents"]:
+            reader.close()  # A truncated or damaged file says that it holds nothing, and only here what is wrong.
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); {_REMAKE}") from error
-    if count != shard["documents"]:
-        raise ValueError(f"{path} has {count} records, {shard['documents']} by {INDEX}; {_REMAKE}")
-    if check_contents and _sha256(path) != shard["sha256"]:
-        raise ValueError(f"{path} has changed since it was written (SHA-256); {_REMAKE}")
+    if count != entry["documents"]:
+        raise ValueError(f"{path} has {count} records, {entry['documents']} by {INDEX}; {_REMAKE}")
+    return reader
 
 
-def _read_lengths(folder: epath.Path, index: dict[str, Any]) -> np.ndarray:
-    path = folder / LENGTHS
+def _open_lengths(folder: epath.Path, entries: list[dict[str, Any]], shard: int) -> np.ndarray:
+    entry = entries[shard]
+    path = folder / lengths_file(entry["file"])
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; {_REMAKE}")
-    if _sha256(path) != index["lengths_sha256"]:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry["lengths_sha256"]:
         raise ValueError(f"{path} has changed since it was written (SHA-256); {_REMAKE}")
-    with path.open("rb") as file:
-        return np.load(file, allow_pickle=False)
+    lengths = np.load(io.BytesIO(content), allow_pickle=False).astype(np.int64)
+    lengths.setflags(write=False)
+    return lengths

@@ -1,6 +1,7 @@
 """Tokenizers: trained here with SentencePiece, or read from a SentencePiece model or a tokenizer.json."""
 
 import abc
+import concurrent.futures
 import dataclasses
 import hashlib
 import heapq
@@ -83,6 +84,21 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; special symbols have none."""
 
+    def symbol_id(self, symbol: str) -> int:
+        """The id of a special symbol other than the usual three, such as <|fim_pre|>.
+
+        Raises:
+          ValueError: the tokenizer has no such symbol.
+        """
+        index = self._find_symbol(symbol)
+        if index is None:
+            raise ValueError(f"the tokenizer has no symbol {symbol}; take one that has (those that are trained here do)")
+        return index
+
+    @abc.abstractmethod
+    def _find_symbol(self, symbol: str) -> int | None:
+        """The id of a special symbol; None: there is none."""
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model."""
@@ -114,6 +130,10 @@ class SentencePieceTokenizer(Tokenizer):
         """As in `Tokenizer`."""
         return self._processor.decode([int(index) for index in ids])
 
+    def _find_symbol(self, symbol: str) -> int | None:
+        index = self._processor.piece_to_id(symbol)
+        return index if self._processor.is_control(index) else None
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json. Special symbols spelled in a text are text; added tokens that are not special are found in it."""
@@ -143,12 +163,24 @@ class HuggingFaceTokenizer(Tokenizer):
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]:
-        """As in `Tokenizer`; the number of threads is the package's to choose (TOKENIZERS_PARALLELISM, RAYON_NUM_THREADS)."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        """As in `Tokenizer`; with None, the number is the package's to choose (TOKENIZERS_PARALLELISM, RAYON_NUM_THREADS)."""
+        if threads is None:
+            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if threads == 1:
+            return [self._encode_one(text) for text in texts]
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self._encode_one, texts))
+
+    def _encode_one(self, text: str) -> list[int]:
+        """A batch of one: the package keeps it in one thread, and, other than for a text by itself, lets go of Python's lock."""
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """As in `Tokenizer`."""
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
+
+    def _find_symbol(self, symbol: str) -> int | None:
+        return self._tokenizer.token_to_id(symbol)
 
 
 def _check_special(ids: dict[str, int | None], name: str) -> None:

@@ -54,7 +54,7 @@ def test_every_token_is_a_target_once_per_epoch(split, workdir):
         np.add.at(expected, [*ids, tokenizer.eos_id], 1)
     config = LoaderConfig(seq_len=128, batch_size=8, epochs=2)
     for epochs, batches in (
-        (2, training_batches(shards, config, tokenizer, **ONE_HOST)),
+        (2, training_batches([shards], config, tokenizer, **ONE_HOST)),
         (1, evaluation_batches(shards, tokenizer, seq_len=128, batch_size=8, **ONE_HOST)),
     ):
         targets, inputs = np.zeros_like(expected), collections.Counter()

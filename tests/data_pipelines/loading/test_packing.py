@@ -2,29 +2,13 @@
 
 import itertools
 import json
-from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from data_pipelines import Document, PackedRows, TokenizerConfig, pack_documents, train_tokenizer
-
-SPECIAL = SimpleNamespace(bos_id=1, eos_id=2, pad_id=0)
-
-
-class Shards(list):
-    """Documents in memory."""
-
-    @property
-    def lengths(self):
-        return np.array([len(ids) for ids in self])
-
-
-def _shards(lengths):
-    """Documents of these lengths whose ids tell which document it is and where."""
-    return Shards([np.arange(length) + 1000 * document + 10 for document, length in enumerate(lengths)])
+from data_pipelines import Document, TokenizerConfig, pack_documents, train_tokenizer
 
 
 def _pieces(packing):
@@ -126,52 +110,3 @@ def test_little_is_padding_for_real_documents(seq_len, published_data, tmp_path)
 def test_a_row_must_have_positions():
     with pytest.raises(ValueError, match="seq_len must be positive, got 0"):
         pack_documents(np.array([1]), 0, 0)
-
-
-def test_rows_by_hand():
-    """A document of one row and one position more, one that fits beside that rest, and one of no ids."""
-    shards = Shards([np.array([11, 12, 13, 14, 15]), np.array([21]), np.array([], int)])
-    rows = PackedRows(shards, pack_documents(shards.lengths, 5, 0), SPECIAL)
-    assert len(rows) == 2
-    full, mixed = sorted((rows[0], rows[1]), key=lambda row: row["segment_ids"].max())
-    assert {name: array.tolist() for name, array in full.items()} == {
-        "tokens": [1, 11, 12, 13, 14], "targets": [11, 12, 13, 14, 15], "segment_ids": [1] * 5, "positions": [0, 1, 2, 3, 4],
-        "loss_mask": [1] * 5,
-    }  # fmt: skip
-    # Which piece comes first is left to chance.
-    pieces = [
-        {name: mixed[name][mixed["segment_ids"] == segment].tolist() for name in ("tokens", "targets", "positions")}
-        for segment in (1, 2, 3)
-    ]
-    assert sorted(pieces, key=lambda piece: piece["tokens"]) == [
-        {"tokens": [1], "targets": [2], "positions": [0]},
-        {"tokens": [1, 21], "targets": [21, 2], "positions": [0, 1]},
-        {"tokens": [15], "targets": [2], "positions": [0]},
-    ]
-    assert {name: array[-1].item() for name, array in mixed.items()} == {
-        "tokens": 0, "targets": 0, "segment_ids": 0, "positions": 0, "loss_mask": 0,
-    }  # fmt: skip
-    assert {name: array.dtype.name for name, array in full.items()} == {
-        "tokens": "int32", "targets": "int32", "segment_ids": "int32", "positions": "int32", "loss_mask": "float32",
-    }  # fmt: skip
-
-
-@hypothesis.settings(max_examples=100)
-@hypothesis.given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.integers(1, 12))
-def test_exactly_one_bos_everywhere(lengths, seq_len):
-    """Documents put together again from the rows' pieces: one BOS in front, every id and the end a target once."""
-    shards = _shards(lengths)
-    packing = pack_documents(shards.lengths, seq_len, 0)
-    rows = PackedRows(shards, packing, SPECIAL)
-    inputs, targets = ({} for _ in range(2))
-    for row, document, start, _ in _pieces(packing):
-        batch, piece = rows[row], [p[1:3] for p in _pieces(packing) if p[0] == row].index((document, start)) + 1
-        here = batch["segment_ids"] == piece
-        inputs[document, start] = batch["tokens"][here].tolist()
-        targets[document, start] = batch["targets"][here].tolist()
-        assert batch["positions"][here].tolist() == list(range(here.sum()))
-        assert (batch["loss_mask"] == (batch["segment_ids"] > 0)).all()
-    for document, ids in enumerate(shards):
-        parts = sorted(key for key in inputs if key[0] == document)
-        assert sum((inputs[part] for part in parts), []) == [1, *ids]
-        assert sum((targets[part] for part in parts), []) == [*ids, 2]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_pipelines import DocumentsConfig, read_documents
+from data_pipelines import DocumentsConfig, list_source_files, read_documents, read_source_file
 
 
 @pytest.fixture
@@ -107,9 +107,50 @@ def test_holding_out_what_is_trained_on_is_refused():
         DocumentsConfig(source="books", held_out_source="books")
 
 
-def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="split must be 'train' or 'held_out', got 'test'"):
-        next(read_documents(DocumentsConfig(source="stdlib"), "test"))
+def test_a_limit_that_nothing_is_below_is_refused():
+    with pytest.raises(ValueError, match="max_text_bytes must be positive, got 0"):
+        DocumentsConfig(source="stdlib", max_text_bytes=0)
+
+
+def test_an_unknown_split_is_refused(records):
+    config = DocumentsConfig(source=str(records))
+    file = list_source_files(config, "train")[0]
+    reads = (
+        lambda: list_source_files(config, "test"),
+        lambda: next(read_source_file(config, file, "test")),
+        lambda: next(read_documents(config, "test")),
+    )
+    for read in reads:
+        with pytest.raises(ValueError, match="split must be 'train' or 'held_out', got 'test'"):
+            read()
+
+
+def test_files_are_listed_by_name_with_their_sizes_and_without_the_texts_of_the_other_side(records):
+    for number in range(20):
+        (records / f"{number}.txt").write_text("x" * (number + 1))
+    config = DocumentsConfig(source=str(records), held_out_share=0.25)
+    sides = {split: list_source_files(config, split) for split in ("train", "held_out")}
+    for split, files in sides.items():
+        assert [file.name for file in files] == sorted(file.name for file in files)
+        assert all((records / file.name).stat().st_size == file.bytes and file.first is file.last is None for file in files)
+        assert {"many.jsonl", "one.jsonl"} < {file.name for file in files}
+        names = {document.name for document in read_documents(config, split)}
+        assert {file.name for file in files if file.name.endswith(".txt")} == {name for name in names if name.endswith(".txt")}
+    assert sorted(file.name for files in sides.values() for file in files if file.name.endswith(".txt")) == sorted(
+        f"{number}.txt" for number in range(20)
+    )
+
+
+def test_a_difficulty_is_read_where_the_config_names_its_field(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "bits": 2}\n{"text": "b", "bits": 0.5}\n')
+    (tmp_path / "b.txt").write_text("whole")
+    config = DocumentsConfig(source=str(tmp_path), held_out_share=1.0, difficulty_field="bits")
+    assert [document.difficulty for document in read_documents(config, "held_out")] == [2.0, 0.5, None]
+    config = DocumentsConfig(source=str(tmp_path), held_out_share=1.0)
+    assert {document.difficulty for document in read_documents(config, "held_out")} == {None}
+    config = DocumentsConfig(source=str(tmp_path), held_out_share=1.0, difficulty_field="loss")
+    with pytest.raises(ValueError, match="a.jsonl:1: there is no field 'loss', but 'text', 'bits'; set difficulty_field to"):
+        list(read_documents(config, "held_out"))
 
 
 def test_the_shared_books_are_read(published_data):

@@ -6,7 +6,7 @@ import sysconfig
 
 import pytest
 
-from data_pipelines import DocumentsConfig, read_documents
+from data_pipelines import DocumentsConfig, Quarantine, read_documents
 from data_pipelines.sources.standard_library import standard_library_files, standard_library_texts
 
 MODULE = '''"""About the module."""
@@ -68,6 +68,14 @@ def test_a_file_gives_its_source_and_a_page_of_its_documentation(library):
         "    add(self, book, *, at: int=0)\n        Puts a book there.\n\nfind(title)\n    Looks everywhere.\n\nfunction_0()\n"
     )
     assert "ndocumented" not in page and "hidden" not in page
+
+
+def test_its_documents_are_counted_like_records(library, tmp_path):
+    _write(library, shelves=MODULE * 3, other="x = 1\n", more="y = 1\n")
+    config = DocumentsConfig(source="stdlib", held_out_share=0.4)
+    with Quarantine(tmp_path / "bad") as quarantine:
+        count = sum(1 for split in ("train", "held_out") for _ in read_documents(config, split, quarantine))
+    assert quarantine.counts.seen == count > 3
 
 
 def test_tests_packages_tables_and_what_was_built_are_left_out(library):
