@@ -15,6 +15,7 @@ from rich.progress import track
 
 from data_pipelines.loading.fill_in_the_middle import chosen_documents, grown_lengths
 from data_pipelines.loading.packing import Packing, pack_documents
+from data_pipelines.processes import end_with_parent
 from data_pipelines.tokenization.token_shards import TokenShards
 
 INDEX = "index.json"
@@ -104,7 +105,7 @@ def _make(shards: TokenShards, seq_len: int, share: float, folder: epath.Path, p
         processes = os.cpu_count() if shards.documents >= _DOCUMENTS_FOR_SEVERAL_PROCESSES else 1
     if processes > 1:
         spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        with concurrent.futures.ProcessPoolExecutor(processes, spawn, end_with_parent) as pool:
             files = list(track(pool.map(_pack_file, jobs), f"packing rows of {seq_len:,}", len(jobs), transient=True))
     else:
         files = [_pack_file(job) for job in track(jobs, f"packing rows of {seq_len:,}", transient=True)]

@@ -4,16 +4,14 @@ import collections
 import concurrent.futures
 import hashlib
 import multiprocessing
-import os
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import connection
 from typing import Any, TypeVar
 
 from etils import epath
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+from data_pipelines.processes import end_with_parent
 from data_pipelines.sources.documents import Document
 from lfm_jax.configuration import ConfigError
 
@@ -105,13 +103,5 @@ def in_order(tasks: Iterable[S], make: Callable[[S], T], start: Callable[..., No
 
 
 def _start_worker(start: Callable[..., None], about: tuple[Any, ...]) -> None:
-    """A worker ends with the process that started it, also when that is killed; the pool's own do not notice."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    end_with_parent()
     start(*about)
-
-
-def _end_with(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os._exit(1)

@@ -2,18 +2,16 @@
 
 import concurrent.futures
 import multiprocessing
-import multiprocessing.connection
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 from etils import epath
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from data_pipelines.processes import end_with_parent
 from data_pipelines.sources.documents import DocumentsConfig, Split
 from data_pipelines.tokenization.assembly import Assembly
 from data_pipelines.tokenization.token_shards import TokenShards, read_token_shards
@@ -140,14 +138,7 @@ def _start_process(work: Work, tokenizer: Tokenizer, done: Any) -> None:
     _process = _Process(work, tokenizer, done)
     # Each has the threads it is given, and no pool of the tokenizers package beside them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=_end_with, args=(parent.sentinel, os._exit), daemon=True).start()
-
-
-def _end_with(sentinel: int, leave: Callable[[int], None]) -> None:
-    """Ends this process with the one that started it, which may be killed without a word; it would wait for work forever."""
-    multiprocessing.connection.wait([sentinel])
-    leave(1)
+    end_with_parent()
 
 
 def _run_unit(unit: Unit, threads: int) -> None:

@@ -23,8 +23,9 @@ def workdirs(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
         given = [] if name == "words" else [f"--config.tokenizer_from={folder}/words_tokens/tokenizer"]
         result = _run(
-            "--config=configs/tokenize_data.py", f"--workdir={folder}/{name}_tokens", f"--config.data.source={folder}/{name}.jsonl",
-            "--config.data.held_out_share=0.2", "--config.tokenizer.vocab_size=300", *given,
+            "--config=configs/tokenize_data.py", f"--workdir={folder}/{name}_tokens",
+            f"--config.data.source={folder}/{name}.jsonl", "--config.data.held_out_share=0.2",
+            "--config.tokenizer.vocab_size=300", *given,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
     return folder / "words_tokens", folder / "numbers_tokens"
@@ -79,7 +80,10 @@ def test_a_model_is_trained_on_a_mixture_of_tokenized_texts(workdirs, tmp_path):
     [
         (["--config.tokens_from={there}/none"], "--config.tokens_from: {there}/none/tokenizer holds no tokenizer"),
         (["--config.tokens_from={words}", "--config.steps=0"], "steps must be positive, got 0"),
-        (["--config.tokens_from={words}", "--config.loader.weights=1,2"], "--config.loader: weights (1.0, 2.0) are for 2 sources, and there are 1"),
+        (
+            ["--config.tokens_from={words}", "--config.loader.weights=1,2"],
+            "--config.loader: weights (1.0, 2.0) are for 2 sources, and there are 1; give one for each",
+        ),
     ],
 )
 def test_mistakes_are_named(changes, message, workdirs, tmp_path):

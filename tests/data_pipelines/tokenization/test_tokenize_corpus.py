@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import tempfile
-import threading
 from pathlib import Path
 
 import hypothesis
@@ -308,16 +307,3 @@ def test_threads_are_shared_by_what_there_is_to_do(cores):
     assert parallel._share_of(cores, 7, 7) == cores
     assert parallel._share_of(cores, 1, 1000) == 1
     assert parallel._share_of(cores, 900, 1000) == max(1, round(0.9 * cores))
-
-
-def test_a_process_ends_with_the_one_that_started_it():
-    """Whose end closes a pipe; `test_tokenize_data` kills such a process."""
-    reading, writing = os.pipe()
-    codes = []
-    waiting = threading.Thread(target=parallel._end_with, args=(reading, codes.append))
-    waiting.start()
-    assert not codes
-    os.close(writing)
-    waiting.join()
-    os.close(reading)
-    assert codes == [1]
