@@ -191,6 +191,7 @@ def test_a_state_of_other_batches_is_refused(shards, tokenizer, tmp_path):
         ({"batch_size": 8}, "batch_size was \\[4\\], is \\[8\\]; go on with the same text"),
         ({"seed": 3}, "seed was 0, is 3; go on"),
         ({"seq_len": 32}, "rows was "),
+        ({"window_files": 1}, r"order was \['shuffled', None\], is \['shuffled', 1\]"),
     ):
         settings = {"seq_len": 48, "batch_size": 4} | changes
         batches = training_batches([shards], LoaderConfig(**settings), tokenizer, **ONE_HOST)

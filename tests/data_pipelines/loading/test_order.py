@@ -61,6 +61,8 @@ def test_a_window_reads_so_many_files_at_a_time():
         assert {place.shard for place in places[at : at + size]} == group
         at += size
     assert seen != sorted(seen)
+    again = list(dict.fromkeys(place.shard for place in _epoch(order, 1)))
+    assert sorted(again) == sorted(seen) and again != seen
 
 
 def test_by_difficulty_the_easy_files_come_first_in_each_epoch():
