@@ -116,7 +116,7 @@ def _train(run: Run) -> dict[str, Any]:
     try:
         train(
             run.train, functions=functions, optimizer=make_optimizer(run.optimizer, run.train.steps),
-            objective=next_token_objective(LossConfig()), batches=training_batches(shards["train"], run.loader, tokenizer),
+            objective=next_token_objective(LossConfig()), batches=training_batches([shards["train"]], run.loader, tokenizer),
             mesh=mesh, workdir=workdir, run_config=to_mapping(run), evaluate=measure,
         )  # fmt: skip
     except TrainingDiverged:

@@ -372,7 +372,7 @@ def test_what_a_dry_run_prints_is_a_manifest(capsys):
     ("arguments", "message"),
     [
         ([*COMMAND, "--launch=gke", "--config.train.stps=1"], "--config.train.stps: no such field. Did you mean 'train.steps'?"),
-        ([*COMMAND[:2], "--launch=gke"], "data.source: there is no default, so a value must be given."),
+        ([*COMMAND[:2], "--launch=gke"], "give data.source, the text to train on, or tokens_from, workdirs of tokenized text"),
         ([*COMMAND[:3], "--launch=gke"], "--launch.topology, image: there is no default, so a value must be given."),
         ([*COMMAND, "--launch=gke", "--launch.slces=2"], "--launch.slces: no such field. Did you mean 'slices'? Valid choices: "),
         ([*COMMAND, "--launch=gke", "--launch.slices=two"], "--launch.slices: expected a whole number, got 'two' (str)."),
