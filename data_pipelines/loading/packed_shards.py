@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import uuid
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,7 @@ def pack_shards(
 
     Each file is packed by itself, so that rows can be found without an index of the whole corpus in memory: of a file the rows
     take 12 bytes a piece of a document. What is finished stays when the run is stopped, and the same call goes on with the rest.
+    Several runs may be at it at the same time.
 
     Args:
       seq_len: positions of a row.
@@ -80,7 +82,11 @@ def pack_shards(
     """
     folder = rows_folder(shards, seq_len, fill_in_the_middle)
     if not folder.exists():
-        _make(shards, seq_len, fill_in_the_middle, folder, processes)
+        try:
+            _make(shards, seq_len, fill_in_the_middle, folder, processes)
+        except FileNotFoundError:
+            if not folder.exists():  # another run, at the same rows at the same time, has let the folder appear
+                raise
     index = json.loads((folder / INDEX).read_text())
     if index["format"] != _FORMAT or index["tokens"] != shards.fingerprint:
         raise ValueError(f"{folder} holds the rows of other tokens, or of another version; delete it to make them again")
@@ -93,13 +99,8 @@ def rows_folder(shards: TokenShards, seq_len: int, fill_in_the_middle: float = 0
 
 
 def _make(shards: TokenShards, seq_len: int, share: float, folder: epath.Path, processes: int | None) -> None:
-    part = folder.parent / f".{folder.name}.part"
+    part = folder.parent / f".{folder.name}.{shards.fingerprint[:16]}.part"
     part.mkdir(parents=True, exist_ok=True)
-    owner = part / "tokens"
-    if not owner.exists() or owner.read_text() != shards.fingerprint:
-        part.rmtree()
-        part.mkdir()
-        owner.write_text(shards.fingerprint)
     jobs = [(shards, shard, seq_len, share, part) for shard in range(len(shards.shards))]
     if processes is None:
         processes = os.cpu_count() if shards.documents >= _DOCUMENTS_FOR_SEVERAL_PROCESSES else 1
@@ -114,8 +115,15 @@ def _make(shards: TokenShards, seq_len: int, share: float, folder: epath.Path, p
         "format": _FORMAT, "tokens": shards.fingerprint, "seq_len": seq_len, "fill_in_the_middle": share,
         "pad_share": 1 - positions / (rows * seq_len), "files": files,
     }  # fmt: skip
-    (part / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    _write_whole(part / INDEX, json.dumps(index, indent=2).encode())
     part.rename(folder)
+
+
+def _write_whole(path: epath.Path, content: bytes) -> None:
+    """Writes a file that appears when it is whole, whoever else writes it."""
+    unfinished = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
 
 
 def _path(folder: epath.Path, shard: int) -> epath.Path:
@@ -133,9 +141,7 @@ def _pack_file(job: tuple[TokenShards, int, int, float, epath.Path]) -> dict[str
         flat = np.concatenate([[len(packing)], packing.offsets, packing.documents, packing.starts, packing.lengths])
         content = io.BytesIO()
         np.save(content, flat.astype("<u4"))
-        unfinished = folder / f".{path.name}"
-        unfinished.write_bytes(content.getvalue())
-        unfinished.rename(path)
+        _write_whole(path, content.getvalue())
     content = path.read_bytes()
     packing = _from_flat(np.load(io.BytesIO(content)), seq_len)
     positions = int(packing.lengths.sum(dtype=np.int64))

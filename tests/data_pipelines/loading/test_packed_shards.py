@@ -67,7 +67,7 @@ def test_middles_are_counted(shards):
 def test_rows_are_made_once_and_gone_on_with(shards, tokenizer, monkeypatch):
     """What a stopped call has finished is not done again, and the outcome is the same to the byte."""
     expected = pack_shards(shards, 48)
-    folder, part = shards.folder / "rows-48", shards.folder / ".rows-48.part"
+    folder, part = shards.folder / "rows-48", shards.folder / f".rows-48.{shards.fingerprint[:16]}.part"
     complete = _content(folder)
     shutil.rmtree(folder)
     packed, stop_after = [], 3
@@ -82,7 +82,7 @@ def test_rows_are_made_once_and_gone_on_with(shards, tokenizer, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         pack_shards(shards, 48)
     assert not folder.exists()
-    (part / ".00003.npy").write_bytes(b"half")
+    (part / ".00003.npy.1").write_bytes(b"half")
     stop_after = None
     again = pack_shards(shards, 48)
     assert packed == list(range(len(shards.shards)))
@@ -92,14 +92,28 @@ def test_rows_are_made_once_and_gone_on_with(shards, tokenizer, monkeypatch):
     assert packed == list(range(len(shards.shards)))
 
 
-def test_rows_begun_for_other_tokens_are_begun_anew(shards):
-    expected = pack_shards(shards, 48)
-    complete = _content(shards.folder / "rows-48")
-    (shards.folder / "rows-48").rename(shards.folder / ".rows-48.part")
-    (shards.folder / ".rows-48.part" / "tokens").write_text("other")
-    (shards.folder / ".rows-48.part" / "00001.npy").write_bytes(b"wrong")
-    assert pack_shards(shards, 48).fingerprint == expected.fingerprint
-    assert _content(shards.folder / "rows-48") == complete
+def test_runs_that_pack_at_the_same_time_do_not_disturb_each_other(shards, monkeypatch):
+    """While one is at a file, another finishes all of them and lets the folder appear."""
+    original, others = packed_shards.pack_documents, []
+
+    def disturbed(lengths, seq_len, seed):
+        if seed == 2 and not others:
+            others.append(None)
+            others[0] = pack_shards(shards, 48)
+        return original(lengths, seq_len, seed)
+
+    monkeypatch.setattr(packed_shards, "pack_documents", disturbed)
+    assert pack_shards(shards, 48).fingerprint == others[0].fingerprint
+    assert not [path.name for path in shards.folder.iterdir() if path.name.startswith(".rows")]
+
+
+def test_what_cannot_be_written_is_said(shards, monkeypatch):
+    def failing(lengths, seq_len, seed):
+        raise FileNotFoundError("the disk is gone")
+
+    monkeypatch.setattr(packed_shards, "pack_documents", failing)
+    with pytest.raises(FileNotFoundError, match="the disk is gone"):
+        pack_shards(shards, 48)
 
 
 def test_several_processes_pack_the_same(shards):
