@@ -11,9 +11,9 @@ The argument names the architecture; without it this is `nano`, which a laptop t
 
 What is published of LFM2's training: 10T tokens at 4k context (12T for the mixtures of experts), of LFM2.5 28T (230M: 19T,
 8B-A1B: 38T); nothing of LFM3's, and neither learning rates nor batch sizes of any. Those here are other small models' (see
-`_RECIPES`), are not tuned for this architecture, and are a place to start from. Mixtures of tokenized texts (`tokens_from`), other
-weights and longer rows from a step on (`loader.stages`): docs/data.md. Mid-training at 32k on another mesh is a run of its own,
-with `init_from`.
+`_RECIPES`), are not tuned for this architecture, and are a place to start from. Mixtures of tokenized texts (`tokens_from`),
+other weights and longer rows from a step on (`loader.stages`): docs/data.md. Mid-training at 32k on another mesh is a run of its
+own, with `init_from`.
 """
 
 from typing import Any, NamedTuple
