@@ -1,6 +1,6 @@
 """Text made ready for a model: a tokenizer, and both splits as token shards, each made once in a workdir."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -8,7 +8,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from data_pipelines import (
+    Document,
     DocumentsConfig,
+    Quarantine,
     TokenizationConfig,
     Tokenizer,
     TokenizerConfig,
@@ -33,19 +35,46 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def prepare_tokenizer(workdir: epath.Path, data: DocumentsConfig, training: TokenizerConfig, given: str | None) -> Tokenizer:
-    """The tokenizer in the workdir, which is first copied there from `given`, or trained on the training split.
+def prepare_tokenizer(
+    workdir: epath.Path,
+    data: DocumentsConfig | None,
+    training: TokenizerConfig,
+    given: str | None,
+    tokenization: TokenizationConfig = _TOKENIZATION,
+) -> Tokenizer:
+    """The tokenizer in the workdir, which is first copied there from `given`, or trained on the training split of `data`.
+
+    Bad records are left out of the training up to the limit of `tokenization`; the workdir's `tokenizer_quarantine.jsonl` lists
+    them.
 
     Raises:
-      ConfigError: `given` holds no tokenizer, or one that cannot be used; or the text cannot be read, or gives no tokenizer.
+      ConfigError: `given` holds no tokenizer, or one that cannot be used; or the text cannot be read, has too many bad records,
+        or gives no tokenizer.
     """
     folder = workdir / TOKENIZER
     with mistakes_in("data" if given is None else "tokenizer_from"):
         if given is None:
-            _once(folder, lambda: train_tokenizer(training, read_documents(data, "train"), folder))
+            _once(folder, lambda: _train(training, data, folder, tokenization.bad_records_limit))
         else:
             _once(folder, lambda: _copy_tokenizer(epath.Path(given), folder))
         return load_tokenizer(folder)
+
+
+def _train(training: TokenizerConfig, data: DocumentsConfig, folder: epath.Path, limit: float) -> None:
+    path = folder.parent / f"{folder.name}_quarantine.jsonl"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with Quarantine(path) as quarantine:
+        train_tokenizer(training, _training_documents(data, quarantine, limit), folder)
+    if not quarantine.counts.bad:
+        path.unlink()
+
+
+def _training_documents(data: DocumentsConfig, quarantine: Quarantine, limit: float) -> Iterator[Document]:
+    """The training split. If it has too many bad records, that is said, and not what else is wrong with it for want of them."""
+    try:
+        yield from read_documents(data, "train", quarantine)
+    finally:
+        quarantine.check(limit)
 
 
 def prepare_split(

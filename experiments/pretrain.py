@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from data_pipelines import (
     DocumentsConfig,
     LoaderConfig,
+    TokenizationConfig,
     TokenizerConfig,
     TokenShards,
     ngram_bits_per_byte,
@@ -55,8 +56,8 @@ class Config:
     """A pre-training run.
 
     init_from: a workdir or a Hugging Face folder to train on from; None: random parameters of the architecture `model`.
-    data: the text, which is tokenized in the workdir. tokens_from: workdirs of tokenized text (see configs/tokenize_data.py), one
-      for each source of a mixture; where they are given, `data` is not read.
+    data: the text, which is tokenized in the workdir as `tokenization` says. tokens_from: workdirs of tokenized text (see
+      configs/tokenize_data.py), one for each source of a mixture; where they are given, `data` is not read.
     model: the architecture; None: that of init_from, which otherwise must be the same.
     tokenizer_from: a tokenizer's file or folder; None: that of init_from or tokens_from, or else one is trained as `tokenizer`
       says.
@@ -70,6 +71,7 @@ class Config:
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
     data: DocumentsConfig | None = None
+    tokenization: TokenizationConfig = TokenizationConfig()
     tokens_from: tuple[str, ...] = ()
     tokenizer: TokenizerConfig = TokenizerConfig()
     tokenizer_from: str | None = None
@@ -151,12 +153,14 @@ def _text(config: Config, workdir: epath.Path, before: Stage | None) -> Prepared
     if config.tokens_from:
         given = given or str(epath.Path(config.tokens_from[0]) / TOKENIZER)
         text = read_tokenized(config.tokens_from)
-        tokenizer = prepare_tokenizer(workdir, config.data, config.tokenizer, given)
+        tokenizer = prepare_tokenizer(workdir, config.data, config.tokenizer, given, config.tokenization)
         if tokenizer.fingerprint != text.tokenizer.fingerprint:
             raise ConfigError(f"{given} is another tokenizer than that of tokens_from; tokenize with it, or leave it out.")
         return text
-    tokenizer = prepare_tokenizer(workdir, config.data, config.tokenizer, given)
-    train, held_out = (prepare_split(workdir, config.data, split, tokenizer) for split in ("train", "held_out"))
+    tokenizer = prepare_tokenizer(workdir, config.data, config.tokenizer, given, config.tokenization)
+    train, held_out = (
+        prepare_split(workdir, config.data, split, tokenizer, config.tokenization) for split in ("train", "held_out")
+    )
     return PreparedText(tokenizer, [train], [held_out])
 
 

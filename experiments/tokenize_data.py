@@ -37,7 +37,9 @@ class Config:
 
 def main(config: Config, workdir: epath.Path) -> None:
     """Makes the tokenizer, then tokens/SPLIT of each split; what is there already is kept."""
-    tokenizer = prepare_tokenizer(workdir, config.data, config.tokenizer, config.tokenizer_from)
+    tokenizer = prepare_tokenizer(
+        workdir, config.data, config.tokenizer, config.tokenizer_from, config.tokenization
+    )
     figures: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
     for split in config.splits:
         start = time.monotonic()

@@ -116,3 +116,18 @@ def test_what_cannot_be_done_is_refused(source, tmp_path, capsys):
     with contextlib.chdir(ROOT):
         assert run.main(command(source / "nowhere", tmp_path / "run")) == 2
     assert "--config.data: source" in capsys.readouterr().err
+
+
+def test_bad_records_are_put_aside_while_a_tokenizer_is_trained_too(source, tmp_path, capsys):
+    """Whose training ends where they are too many, with the records named, as tokenization does."""
+    (tmp_path / "text").mkdir()
+    dirty = tmp_path / "text" / "dirty.jsonl"
+    dirty.write_bytes((source / "00.jsonl").read_bytes() * 20 + b"no json\n")
+    with contextlib.chdir(ROOT):
+        assert run.main(command(tmp_path / "text", tmp_path / "some")) == 0
+    (aside,) = (tmp_path / "some" / "tokenizer_quarantine.jsonl").read_text().splitlines()
+    assert json.loads(aside)["where"] == "dirty.jsonl:1201"
+    with contextlib.chdir(ROOT):
+        assert run.main(command(tmp_path / "text", tmp_path / "none", "--config.tokenization.bad_records_limit=0")) == 2
+    assert "records are bad, 0.088% where 0.000% may be: no_json 1. The first is dirty.jsonl:1201" in capsys.readouterr().err
+    assert not (tmp_path / "none" / "tokenizer").exists()
