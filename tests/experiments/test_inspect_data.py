@@ -63,7 +63,8 @@ def test_a_model_is_trained_on_a_mixture_of_tokenized_texts(workdirs, tmp_path):
         "--config.loader.weights=3,1", "--config.loader.seq_len=64", "--config.loader.batch_size=8", "--config.train.steps=6",
         "--config.loader.fill_in_the_middle=0.5", "--config.optimizer.schedule.warmup_steps=1",
         "--config.loader.stages=[{'from_step': 3, 'seq_len': 32, 'weights': (1.0, 1.0)}]", "--config.model.vocab_size=300",
-        "--config.model.embed_dim=32", "--config.model.mlp_dim=48", "--config.export=None", "--config.prompts=[]",
+        "--config.model.layer_types=conv,full_attention", "--config.model.embed_dim=32", "--config.model.mlp_dim=48",
+        "--config.export=None", "--config.prompts=[]",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())

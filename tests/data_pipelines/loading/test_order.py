@@ -16,16 +16,16 @@ def _epoch(order, epoch):
     return [order[number] for number in range(epoch * len(order), (epoch + 1) * len(order))]
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=30, deadline=None)
 @hypothesis.given(
-    st.lists(st.integers(1, 30), min_size=1, max_size=12), st.sampled_from([None, 1, 2, 5]), st.booleans(), st.integers(0, 5)
+    st.lists(st.integers(1, 12), min_size=1, max_size=9), st.sampled_from([None, 1, 2, 5]), st.booleans(), st.integers(0, 5)
 )
 def test_each_row_comes_once_in_each_epoch(rows, window, by_difficulty, seed):
     rows = np.array(rows)
     difficulty = np.random.default_rng(seed).random(len(rows)) if by_difficulty else None
     order = RowOrder(rows, seed=seed, window=window, difficulty=difficulty)
     expected = [(shard, row) for shard, count in enumerate(rows) for row in range(count)]
-    for epoch in (0, 1, 7):
+    for epoch in (0, 7):
         places = _epoch(order, epoch)
         assert {place.epoch for place in places} == {epoch}
         assert sorted(place[1:] for place in places) == expected
