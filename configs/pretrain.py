@@ -6,7 +6,8 @@ On a pod slice, every host runs the same command:
         --config.data.source=gs://BUCKET/text --config.tokenizer_from=gs://BUCKET/tokenizer
 
 The larger models share parameters over all devices and compute some things again, for the sake of chips with 16 GiB. A v5p has
-room for a whole copy of all but lfm2_24b_a2b and is faster so, with as many micro-batches as it takes (docs/benchmarks/pod_plan.md):
+room for a whole copy of all but lfm2_24b_a2b and is faster so, with as many micro-batches as it takes
+(docs/benchmarks/pod_plan.md):
 
     --config.mesh.data=-1 --config.mesh.fsdp=1 --config.compute.remat=none --config.train.accumulation=4
 
