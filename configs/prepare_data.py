@@ -16,8 +16,8 @@ Without a benchmark's questions, and from the easiest document to the hardest:
 
 The rules are those of Gopher (Rae et al. 2021, appendix A1), near duplicates are found by MinHash (Broder 1997; Lee et al. 2022),
 contamination as for GPT-3 (Brown et al. 2020, appendix C). A core of a cloud machine measures 3.5 MB of text a second, which is
-most of the time, and 12 MB without the rules for prose; `--config.steps.workers` says how many do. Expect of the library (Python
-3.11) 1,130 `documents_read`, of them 3 exact and 4 near duplicates, and a `median_difficulty_bits_per_byte` of 2.75.
+most of the time, and 12 MB without the rules for prose; `--config.steps.workers` says how many do. Expect of `:code` (the library
+of Python 3.11) 1,130 `documents_read`, of them 3 exact and 4 near duplicates, and a `median_difficulty_bits_per_byte` of 2.75.
 """
 
 from ml_collections import ConfigDict

@@ -4,8 +4,8 @@
 
 Trains a tokenizer on Python's standard library and then the `nano` model (four short convolutions and two attention layers),
 measures it on held-out files, samples from it, and writes export/hf, which transformers reads. Expect a `bits_per_byte` of 1.75,
-below `bigram_bits_per_byte` (1.85) and `unigram_bits_per_byte` (2.71), `hf_greedy_agrees`, and 220 `seconds` at 4,700 tokens a
-second (two cores of a cloud machine).
+below `bigram_bits_per_byte` (1.85) and `unigram_bits_per_byte` (2.71), `hf_greedy_agrees`, and 220 to 260 `seconds` at 3,900 to
+4,700 tokens a second (two cores of a cloud machine).
 """
 
 from ml_collections import ConfigDict

@@ -17,6 +17,7 @@ from rich.progress import track
 from data_pipelines.loading.fill_in_the_middle import chosen_documents, grown_lengths
 from data_pipelines.loading.packing import Packing, pack_documents
 from data_pipelines.processes import end_with_parent
+from data_pipelines.tokenization.shard_writer import is_remote, publish
 from data_pipelines.tokenization.token_shards import TokenShards
 
 INDEX = "index.json"
@@ -81,11 +82,11 @@ def pack_shards(
       ValueError: `seq_len` is not positive, or rows were made of other tokens.
     """
     folder = rows_folder(shards, seq_len, fill_in_the_middle)
-    if not folder.exists():
+    if not (folder / INDEX).exists():
         try:
             _make(shards, seq_len, fill_in_the_middle, folder, processes)
         except FileNotFoundError:
-            if not folder.exists():  # another run, at the same rows at the same time, has let the folder appear
+            if not (folder / INDEX).exists():  # another run, at the same rows at the same time, has let the folder appear
                 raise
     index = json.loads((folder / INDEX).read_text())
     if index["format"] != _FORMAT or index["tokens"] != shards.fingerprint:
@@ -116,7 +117,7 @@ def _make(shards: TokenShards, seq_len: int, share: float, folder: epath.Path, p
         "pad_share": 1 - positions / (rows * seq_len), "files": files,
     }  # fmt: skip
     _write_whole(part / INDEX, json.dumps(index, indent=2).encode())
-    part.rename(folder)
+    publish(part, folder)
 
 
 def _write_whole(path: epath.Path, content: bytes) -> None:
@@ -155,8 +156,8 @@ def _read_packing(path: epath.Path, sha256: str, seq_len: int) -> Packing:
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path} has changed since it was written (SHA-256); delete the folder to make its rows again")
-    local = "://" not in os.fspath(path)
-    return _from_flat(np.load(os.fspath(path), mmap_mode="r") if local else np.load(io.BytesIO(content)), seq_len)
+    flat = np.load(io.BytesIO(content)) if is_remote(path) else np.load(os.fspath(path), mmap_mode="r")
+    return _from_flat(flat, seq_len)
 
 
 def _from_flat(flat: np.ndarray, seq_len: int) -> Packing:
