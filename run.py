@@ -220,11 +220,12 @@ def _start(module: types.ModuleType, config: Any, record: dict[str, Any], workdi
     from etils import epath
 
     from experiments.results import write_json
-    from lfm_jax.sharding import distributed
+    from lfm_jax.sharding import distributed, peers
     from lfm_jax.sharding.flags import add_to_environment
 
     add_to_environment()
     process = distributed.join()
+    peers.watch()
     path = epath.Path(workdir)
     _check_workdir(path / "config.json", record, allow_change)
     try:
@@ -270,18 +271,26 @@ def main(arguments: list[str]) -> int:
         _run(arguments)
     except ConfigError as error:
         print(f"run.py: {error}", file=sys.stderr)
-        return 2
+        return _raised(error, 2)
     return 0
+
+
+def _raised(error: BaseException, code: int) -> int:
+    """Tells the other processes of the run, where there are any, what ends this one; returns the code to leave with."""
+    peers = sys.modules.get("lfm_jax.sharding.peers")  # imported where something was run
+    return code if peers is None else peers.raised(error, code)
 
 
 def _process() -> NoReturn:
     """Does it as a process of its own: one of several does not wait for the others once something went wrong."""
     try:
         code = main(sys.argv[1:])
-    except Exception:
+    except SystemExit as leaving:
+        code = leaving.code
+    except Exception as error:
         traceback.print_exc()
-        code = 1
-    distributed = sys.modules.get("lfm_jax.sharding.distributed")  # imported where something was run
+        code = _raised(error, 1)
+    distributed = sys.modules.get("lfm_jax.sharding.distributed")
     sys.exit(code) if distributed is None else distributed.leave(code)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -49,6 +50,7 @@ from lfm_jax.training import (
     read_metrics,
     train,
 )
+from lfm_jax.training.goodput import Ledger, process_age, summary, table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,16 +96,18 @@ class Config:
 
 def main(config: Config, workdir: epath.Path) -> None:
     """Prepares the text, trains, measures on the held-out split, samples, exports, and writes every figure."""
+    with Ledger(workdir, writes=jax.process_index() == 0, age=process_age()) as ledger:
+        figures = _run(config, workdir, ledger)
+    print(summary(ledger.seconds()))
+    write_results(workdir, {**figures, "goodput": table(ledger.seconds())}, config)
+
+
+def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:
     watch = _Stopwatch()
-    for batch_size, _ in config.loader.shapes():
-        mesh = mesh_for(config.mesh, batch_size, config.train.accumulation)
-    before = None if config.init_from is None else load_stage(config.init_from, config.compute, mesh)
-    text = _text(config, workdir, before)
-    tokenizer = text.tokenizer
-    for _, seq_len in config.loader.shapes():
-        for shards in text.train:
-            prepare_rows(shards, seq_len, config.loader.fill_in_the_middle)
+    with ledger.kind("preparation"):
+        mesh, before, text = _prepare(config, workdir)
     watch.lap("tokens")
+    tokenizer = text.tokenizer
     model = fit_vocabulary(_architecture(config, before), tokenizer)
     write_model_config(workdir, model)
     functions = model_functions(model, config.compute)
@@ -130,11 +134,13 @@ def main(config: Config, workdir: epath.Path) -> None:
         evaluate=lambda params, buffers: measure(params, buffers, config.evaluation_batches),
         initial=None if before is None else (before.params, before.buffers),
         flops_per_token=training_flops_per_token(model, config.loader.seq_len),
+        ledger=ledger,
     )
     watch.lap("training")
     params, buffers = trained.state.params, trained.state.buffers
     stage = Stage(model, functions, params, buffers, tokenizer, workdir / TOKENIZER, config.train.steps)
-    figures = measure(params, buffers, None)
+    with ledger.kind("evaluation"):
+        figures = measure(params, buffers, None)
     figures |= ngram_bits_per_byte(text.train[0], text.held_out[0], tokenizer)
     watch.lap("evaluation")
     figures |= _figures_of_training(config, workdir, model, text.train)
@@ -143,8 +149,21 @@ def main(config: Config, workdir: epath.Path) -> None:
     if config.export is not None:
         figures |= export_and_check(config.export, stage, workdir)
         watch.lap("export")
-    figures |= {"seconds": sum(watch.seconds.values()), "seconds_by_part": watch.seconds, "resumed_at_step": trained.started_at}
-    write_results(workdir, figures, config)
+    return figures | {
+        "seconds": sum(watch.seconds.values()), "seconds_by_part": watch.seconds, "resumed_at_step": trained.started_at
+    }  # fmt: skip
+
+
+def _prepare(config: Config, workdir: epath.Path) -> tuple[Mesh, Stage | None, PreparedText]:
+    """The mesh, what is trained on from, and the text with its rows."""
+    for batch_size, _ in config.loader.shapes():
+        mesh = mesh_for(config.mesh, batch_size, config.train.accumulation)
+    before = None if config.init_from is None else load_stage(config.init_from, config.compute, mesh)
+    text = _text(config, workdir, before)
+    for _, seq_len in config.loader.shapes():
+        for shards in text.train:
+            prepare_rows(shards, seq_len, config.loader.fill_in_the_middle)
+    return mesh, before, text
 
 
 def _text(config: Config, workdir: epath.Path, before: Stage | None) -> PreparedText:

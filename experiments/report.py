@@ -21,6 +21,7 @@ _ABOUT = ("config", "seed", "versions", "device")
 _FIRST_CHARTS = ("loss", "bits_per_byte", "learning_rate", "tokens_per_second")
 _BASELINES = ("unigram", "bigram")
 _NOISELESS = ("learning_rate",)
+_IN_A_TABLE = "goodput"
 _COLORS = {"train": 0, "eval": 1}
 _MAX_POINTS = 600
 # Geometry of a chart, in units of its own coordinates: the whole, and the margins left, right, top and bottom of the plot.
@@ -130,7 +131,7 @@ def _read_metrics(path: epath.Path) -> dict[str, dict[str, list[tuple[float, flo
             continue
         for name, value in record.items():
             series, slash, quantity = name.partition("/")
-            if slash and isinstance(value, int | float) and math.isfinite(value):
+            if slash and series != _IN_A_TABLE and isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(quantity, {}).setdefault(series, {})[record["step"]] = float(value)
     return {quantity: {name: sorted(points.items()) for name, points in by.items()} for quantity, by in curves.items()}
 
@@ -162,13 +163,13 @@ def _chart(curves: Mapping[str, list[tuple[float, float]]], references: Mapping[
         return "M" + "L".join(f"{x(step)} {y(value)}" for step, value in points)
 
     series = []
-    for name, points in curves.items():
+    for index, (name, points) in enumerate(curves.items()):
         line = _running_mean(points) if smooth else _thin(points)
         marks = line[:: max(1, len(line) // 60)]
         series.append(
             {
                 "name": name,
-                "color": _COLORS.get(name, 2),
+                "color": _COLORS.get(name, index % 3),
                 "last": points[-1][1],
                 "raw": path(_thin(points)) if len(line) < len(points) else None,
                 "path": path(line),

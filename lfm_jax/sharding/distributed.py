@@ -11,6 +11,8 @@ from typing import NamedTuple, NoReturn
 import jax
 from jax._src import cloud_tpu_init, clusters  # jax.distributed.initialize asks these, and gives their answer to nobody
 
+from lfm_jax.sharding import peers
+
 # A preempted pod is scheduled, gets its image and starts Python in this time, or there is no machine for it.
 TIMEOUT_SECONDS = 30 * 60
 EXIT_AGAIN = 75  # as a run that was interrupted (lfm_jax.training): the same command, again
@@ -73,6 +75,8 @@ def join(timeout_seconds: float = TIMEOUT_SECONDS) -> int:
     jax.distributed.initialize(
         cluster.coordinator, cluster.size, cluster.index, cluster.local_devices,
         cluster_detection_method="deactivate",
+        # lfm_jax.sharding.peers is faster and says more; this is for the day when its threads are dead.
+        heartbeat_timeout_seconds=3 * 60,
         # At the end process 0 may be writing for long while the others wait for it.
         shutdown_timeout_seconds=TIMEOUT_SECONDS,
     )  # fmt: skip
@@ -85,6 +89,7 @@ def leave(code: int) -> NoReturn:
     An ordinary exit waits for the others, who wait for this one in a collective: minutes later all are aborted, and the code that
     tells a mistake (2) from a crash is lost.
     """
+    peers.leave(code)
     if code and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

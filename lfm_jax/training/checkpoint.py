@@ -3,8 +3,9 @@
 A step is a folder, named by its number in eight digits:
 
     00000100/state/          Orbax's own folder: a flat dict of arrays, path to array
-    00000100/manifest.json   step; shape, dtype and fingerprint of every leaf; data state, config, versions; sizes and digests of
-                             Orbax's files; a digest of all that
+    00000100/manifest.json   step; shape, dtype and fingerprint of every leaf; data and loop state, config, score, versions; sizes
+                             and digests of Orbax's files; a digest of all that
+    00000100/verified        where configs/scrub.py has read it back
 
 The manifest is written last, under another name first, so a folder without it is no checkpoint. It is needed because Orbax gives
 back data with a flipped bit without a word, casts a wrong dtype silently, takes any folder with a number for a step, and does not
@@ -13,13 +14,16 @@ fall back to an older one when the newest is damaged (measured with version 0.12
 
 import asyncio
 import contextlib
+import errno
 import importlib.metadata
 import itertools
 import json
+import math
 import platform
 import re
 import threading
 import warnings
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -38,6 +42,8 @@ from lfm_jax.training.fingerprint import fingerprints, finish_fingerprints, leaf
 _PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "numpy")
 # Process 0 writes its small files meanwhile; Orbax waits as long for the large ones.
 _MEET_SECONDS = 1200
+# Arrays that `verify` reads at a time.
+_PART_BYTES = 1 << 30
 # Barriers between processes need names that never come twice.
 _SAVES = itertools.count()
 
@@ -51,16 +57,17 @@ class CheckpointWarning(UserWarning):
 
 
 class Restored(NamedTuple):
-    """A verified checkpoint. data_state and config are what `save` was given, as JSON has it (tuples as lists)."""
+    """A verified checkpoint. data_state, loop_state and config are what `save` was given, as JSON has it (tuples as lists)."""
 
     step: int
     state: Any
     data_state: dict[str, Any]
+    loop_state: dict[str, Any]
     config: dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints in a folder. Only `save` changes anything there, so others may read while a run writes.
+    """The checkpoints in a folder. Only `save` and `discard` change anything there, so others may read while a run writes.
 
     On several processes, which must all see the folder, each of them makes every call.
 
@@ -70,19 +77,24 @@ class Checkpoints:
     Args:
       folder: need not exist; may be gs://.
       keep: that many of the newest steps stay, damaged ones not counted.
-      keep_every: the steps that this divides stay as well.
+      keep_every: the steps that this divides stay as well. keep_best: and that many of those with the lowest score.
+    The newest that was read back and found whole, by `restore` or by configs/scrub.py, stays in any case.
     """
 
-    def __init__(self, folder: epath.PathLike, *, keep: int = 3, keep_every: int | None = None):
+    def __init__(self, folder: epath.PathLike, *, keep: int = 3, keep_every: int | None = None, keep_best: int = 0):
         for name, value in {"keep": keep, "keep_every": keep_every}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if keep_best < 0:
+            raise ValueError(f"keep_best must not be negative, got {keep_best}")
         folder = epath.Path(folder)
         self._folder = folder if folder.is_absolute() else folder.resolve()  # Orbax takes no other; gs:// is absolute as it is
-        self._keep, self._keep_every = keep, keep_every
+        self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
         self._writer: threading.Thread | None = None
         self._failure: Exception | None = None
         self._damaged: set[int] = set()
+        self._verified: set[int] = set()
+        self._scores: dict[int, float | None] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -99,7 +111,20 @@ class Checkpoints:
         """The committed steps, in ascending order; whether they are undamaged only `restore` can tell."""
         return [step for step in self._numbered() if (self._step(step) / MANIFEST).exists()]
 
-    def save(self, state: Any, *, data_state: dict[str, Any], config: dict[str, Any]) -> None:
+    def unfinished(self) -> list[int]:
+        """Steps whose save did not come to an end, or has not yet."""
+        committed = self.steps()
+        return [step for step in self._numbered() if step not in committed]
+
+    def save(
+        self,
+        state: Any,
+        *,
+        data_state: dict[str, Any],
+        config: dict[str, Any],
+        loop_state: dict[str, Any] | None = None,
+        score: float | None = None,
+    ) -> None:
         """Starts writing a checkpoint and returns once the arrays may be donated or deleted. Safe it is after `wait`.
 
         It waits first for the save before. Once this one is committed, the steps that are not to be kept are removed.
@@ -108,9 +133,11 @@ class Checkpoints:
           state: a tree of jax.Arrays (see `start_fingerprints`) with an attribute `step`.
           data_state: JSON; where the data iterator stands. Of several processes, that of the first is stored.
           config: JSON; what whoever finds the checkpoint should know of the run.
+          loop_state: JSON; what else the loop needs to go on. score: the lower, the better; None: it has none.
 
         Raises:
-          CheckpointError: this save could not be started, or the one before has failed. The older steps are untouched.
+          CheckpointError: this save could not be started (a local disk has too little room for it, for one), or the one before
+            has failed. The older steps are untouched.
           ValueError: the step is there already, or an argument is not as described.
         """
         self.wait()
@@ -123,17 +150,19 @@ class Checkpoints:
             "step": step,
             "leaves": {path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name} for path, leaf in leaves.items()},
             "data_state": data_state,
+            "loop_state": loop_state or {},
             "config": config,
+            "score": score,
             "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}},
         }
         try:
             # A copy: it is written later, and the iterator goes on meanwhile.
             content = json.loads(json.dumps(content, allow_nan=False))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"data_state and config must be JSON: {error}") from error
+            raise ValueError(f"data_state, loop_state, config and score must be JSON: {error}") from error
         try:
             if jax.process_index() == 0:
-                self._prepare(step)
+                self._prepare(step, sum(leaf.nbytes for leaf in leaves.values()))
             # Orbax refuses arrays without elements; the manifest says all there is to say of them.
             arrays = {path: leaf for path, leaf in leaves.items() if leaf.size}
             with _saving():
@@ -158,7 +187,9 @@ class Checkpoints:
             failure, self._failure = self._failure, None
             raise failure
 
-    def restore(self, abstract_state: Any, *, partial: bool = False) -> Restored | None:
+    def restore(
+        self, abstract_state: Any, *, partial: bool = False, cast: bool = False, at_most: int | None = None
+    ) -> Restored | None:
         """The newest checkpoint that verifies, on whatever mesh the arrays are wanted on; None if there is none at all.
 
         Every array is checked against its fingerprint after it was read. A damaged step is told of in a `CheckpointWarning`,
@@ -168,6 +199,8 @@ class Checkpoints:
           abstract_state: a tree with shapes, dtypes and shardings (`jax.ShapeDtypeStruct`, or arrays); what has no sharding
             goes to this process's first device.
           partial: the tree may lack leaves that the checkpoint has, which are not read, e.g. `{"params": ..., "buffers": ...}`.
+          cast: leaves of another dtype are converted, once they are verified, to the one that is wanted.
+          at_most: later steps are not looked at.
 
         Raises:
           ConfigError: the checkpoint is of another tree, or a leaf of another shape or dtype: that is no damage, so no older
@@ -176,13 +209,15 @@ class Checkpoints:
         """
         self.wait()
         wanted = {path: _placed(leaf) for path, leaf in leaf_paths(abstract_state).items()}
-        committed, problems = self.steps(), {}
+        committed = [step for step in self.steps() if at_most is None or step <= at_most]
+        problems: dict[int, str] = {}
         for step in reversed(committed):
-            manifest, leaves, problem = self._try(step, wanted, partial)
+            manifest, leaves, problem = self._try(step, wanted, partial, cast)
             if problem is None:
+                self._verified.add(step)
                 self._tell_unfinished(newer_than=step)
                 state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves.values())
-                return Restored(step, state, manifest["data_state"], manifest["config"])
+                return Restored(step, state, manifest["data_state"], manifest.get("loop_state", {}), manifest["config"])
             problems[step] = problem
             self._damaged.add(step)
             warnings.warn(f"{self._step(step)} is damaged and not used: {problem}", CheckpointWarning, stacklevel=2)
@@ -195,6 +230,33 @@ class Checkpoints:
         self._tell_unfinished(newer_than=-1)
         return None
 
+    def verify(self, step: int) -> str | None:
+        """What is wrong with a committed step, None if every bit is as it was saved. Reads it in parts, on one device."""
+        manifest, problem = checkpoint_manifest.read(self._step(step), step)
+        problem = problem or checkpoint_manifest.damaged_file(self._step(step), manifest["files"])
+        if problem is not None:
+            return problem
+        stored = manifest["leaves"]
+        wanted = {path: _placed(jax.ShapeDtypeStruct(tuple(leaf["shape"]), leaf["dtype"])) for path, leaf in stored.items()}
+        for part in _parts(wanted):
+            _, problem = _read(self._step(step), part, stored)
+            if problem is not None:
+                return problem
+        return None
+
+    def mark_verified(self, step: int) -> None:
+        """Notes for whoever removes old steps that this one was found whole."""
+        (self._step(step) / checkpoint_manifest.VERIFIED).write_text("every bit was read back and is as it was saved\n")
+
+    def discard(self, newer_than: int) -> None:
+        """Removes the steps after `newer_than`, which the run has gone back to, as never made."""
+        self.wait()
+        if jax.process_index() == 0:
+            for step in self._numbered():
+                if step > newer_than:
+                    checkpoint_manifest.remove(self._step(step))
+        _meet(f"lfm_jax_discard_{next(_SAVES)}")
+
     def _step(self, step: int) -> epath.Path:
         return self._folder / f"{step:08d}"
 
@@ -204,11 +266,14 @@ class Checkpoints:
         names = [entry.name for entry in self._folder.iterdir()]
         return sorted(int(name) for name in names if re.fullmatch(r"[0-9]{8,}", name) and name == f"{int(name):08d}")
 
-    def _prepare(self, step: int) -> None:
+    def _prepare(self, step: int, size: int) -> None:
         """Makes room: removes what an interrupted or damaged save left of this step, and of those before the newest commit."""
         self._folder.mkdir(parents=True, exist_ok=True)
         checkpoint_manifest.remove(self._step(step))
         self._remove_unfinished(before=max(self.steps(), default=0))
+        free = checkpoint_manifest.free_bytes(self._folder)
+        if free is not None and free < size:
+            raise OSError(errno.ENOSPC, f"it needs {size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free", str(self._folder))
         self._step(step).mkdir(parents=True, exist_ok=True)
 
     def _finish(self, response: ocp.AsyncResponse[None], sums: dict[str, jax.Array], content: dict, number: int) -> None:
@@ -253,6 +318,7 @@ class Checkpoints:
             committed = self.steps()
             sound = [step for step in committed if step not in self._damaged]
             kept = {*sound[-self._keep :], *(step for step in sound if self._keep_every and step % self._keep_every == 0)}
+            kept |= {*self._best(sound), *self._verified_of(sound)[-1:]}
             for step in committed:
                 if step < newest and step not in kept:
                     checkpoint_manifest.remove(self._step(step))
@@ -261,20 +327,33 @@ class Checkpoints:
             text = f"step {newest} is saved, but older ones in {self._folder} could not be removed: {short(error)}"
             warnings.warn(text, CheckpointWarning, stacklevel=1)
 
+    def _best(self, steps: list[int]) -> list[int]:
+        """Of these steps those with the lowest scores, as many as are kept."""
+        if not self._keep_best:
+            return []
+        for step in steps:
+            if step not in self._scores:
+                manifest, _ = checkpoint_manifest.read(self._step(step), step)
+                self._scores[step] = manifest and manifest.get("score")
+        scored = [step for step in steps if self._scores[step] is not None]
+        return sorted(scored, key=lambda step: self._scores[step])[: self._keep_best]
+
+    def _verified_of(self, steps: list[int]) -> list[int]:
+        return [step for step in steps if step in self._verified or (self._step(step) / checkpoint_manifest.VERIFIED).exists()]
+
     def _remove_unfinished(self, before: int) -> None:
-        committed = self.steps()
-        for step in self._numbered():
-            if step < before and step not in committed:
+        for step in self.unfinished():
+            if step < before:
                 checkpoint_manifest.remove(self._step(step))
 
     def _tell_unfinished(self, newer_than: int) -> None:
-        unfinished = [step for step in self._numbered() if step > newer_than and step not in self.steps()]
-        for step in unfinished:
-            text = f"{self._step(step)} is not used: it has no {MANIFEST}, so its save did not come to an end"
-            warnings.warn(text, CheckpointWarning, stacklevel=3)
+        for step in self.unfinished():
+            if step > newer_than:
+                text = f"{self._step(step)} is not used: it has no {MANIFEST}, so its save did not come to an end"
+                warnings.warn(text, CheckpointWarning, stacklevel=3)
 
     def _try(
-        self, step: int, wanted: dict[str, jax.ShapeDtypeStruct], partial: bool
+        self, step: int, wanted: dict[str, jax.ShapeDtypeStruct], partial: bool, cast: bool
     ) -> tuple[dict[str, Any] | None, dict[str, jax.Array] | None, str | None]:
         """(manifest, leaves in the order of `wanted`, what is wrong with the step if anything is)."""
         manifest, problem = checkpoint_manifest.read(self._step(step), step)
@@ -283,17 +362,15 @@ class Checkpoints:
         problem = _agreed(problem)
         if problem is not None:
             return None, None, problem
-        _refuse_other_tree(manifest["leaves"], wanted, partial, self._step(step))
-        leaves, problem = _load(self._step(step) / STATE, wanted)
-        problem = _agreed(problem)
+        stored = manifest["leaves"]
+        _refuse_other_tree(stored, wanted, partial, cast, self._step(step))
+        as_stored = {
+            path: jax.ShapeDtypeStruct(leaf.shape, stored[path]["dtype"], sharding=leaf.sharding) for path, leaf in wanted.items()
+        }
+        leaves, problem = _read(self._step(step), as_stored, stored)
         if problem is not None:
             return None, None, problem
-        found = fingerprints(leaves)
-        wrong = [path for path in wanted if found[path] != manifest["leaves"][path]["fingerprint"]]
-        if wrong:
-            problem = f"{wrong[0]} in {STATE}/ has not the values that were saved ({len(wrong)} of {len(wanted)} arrays)"
-            return None, None, problem
-        return manifest, leaves, None
+        return manifest, {path: leaf.astype(wanted[path].dtype) for path, leaf in leaves.items()}, None
 
 
 def _saving() -> ocp.Context:
@@ -316,6 +393,33 @@ def _loading() -> ocp.Context:
     context.multiprocessing.primary_host = jax.process_index()
     context.multiprocessing.active_processes = {jax.process_index()}
     return context
+
+
+def _read(
+    folder: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct], stored: dict[str, dict[str, Any]]
+) -> tuple[dict[str, jax.Array] | None, str | None]:
+    """(the arrays of a step in the order of `wanted`, None) if they have their fingerprints, or (None, what is wrong)."""
+    leaves, problem = _load(folder / STATE, wanted)
+    problem = _agreed(problem)
+    if problem is not None:
+        return None, problem
+    found = fingerprints(leaves)
+    wrong = [path for path in wanted if found[path] != stored[path]["fingerprint"]]
+    if wrong:
+        return None, f"{wrong[0]} in {STATE}/ has not the values that were saved ({len(wrong)} of {len(wanted)} arrays)"
+    return leaves, None
+
+
+def _parts(wanted: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+    """The same, in parts of some size."""
+    part: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, leaf in wanted.items():
+        part[path] = leaf
+        if sum(math.prod(each.shape) * each.dtype.itemsize for each in part.values()) > _PART_BYTES:
+            yield part
+            part = {}
+    if part:
+        yield part
 
 
 def _load(folder: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict[str, jax.Array] | None, str | None]:
@@ -354,7 +458,7 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _refuse_other_tree(
-    stored: dict[str, dict[str, Any]], wanted: dict[str, jax.ShapeDtypeStruct], partial: bool, folder: epath.Path
+    stored: dict[str, dict[str, Any]], wanted: dict[str, jax.ShapeDtypeStruct], partial: bool, cast: bool, folder: epath.Path
 ) -> None:
     remedy = "It is of another model or optimizer: take the configuration it was made with, or another workdir."
     missing = [path for path in wanted if path not in stored]
@@ -366,5 +470,5 @@ def _refuse_other_tree(
     for path, leaf in wanted.items():
         there = f"{stored[path]['dtype']} {stored[path]['shape']}"
         here = f"{leaf.dtype.name} {list(leaf.shape)}"
-        if there != here:
+        if there != here and not (cast and stored[path]["shape"] == list(leaf.shape)):
             raise ConfigError(f"{path} is {there} in {folder}, and {here} is wanted. {remedy}")

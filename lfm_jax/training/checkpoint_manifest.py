@@ -10,6 +10,7 @@ from etils import epath
 
 MANIFEST = "manifest.json"
 STATE = "state"
+VERIFIED = "verified"
 _FORMAT = 1
 _PART = f"{MANIFEST}.part"
 # Larger files hold values of arrays, which have fingerprints; the smaller ones say how to read them.
@@ -84,12 +85,20 @@ def remove(folder: epath.Path) -> None:
         return
     (folder / MANIFEST).unlink(missing_ok=True)
     for entry in folder.iterdir():
-        if entry.name == _PART:
+        if entry.name in (_PART, VERIFIED):
             entry.unlink()
         elif entry.name == STATE or entry.name.startswith(f"{STATE}."):
             entry.rmtree()
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def free_bytes(folder: epath.Path) -> int | None:
+    """Of the local disk that an existing folder is on, for an ordinary user; None for object stores."""
+    if "://" in os.fspath(folder):
+        return None
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
 
 
 def short(error: Exception) -> str:

@@ -82,6 +82,11 @@ def fingerprints(tree: Any) -> dict[str, str]:
 
 @jax.jit
 def _sums(array: jax.Array) -> jax.Array:
+    return local_sums(array)
+
+
+def local_sums(array: jax.Array) -> jax.Array:
+    """The two sums of an array's fingerprint, [2] uint32; inside a program, and of one device's part inside `shard_map`."""
     words = array if array.dtype == jnp.bool_ else lax.bitcast_convert_type(array, _WORDS[array.dtype.itemsize])
     words = words.astype(jnp.uint32)
     return jnp.stack([jnp.sum(_mix(words ^ _index_hash(array.shape, seed)), dtype=jnp.uint32) for seed in _SEEDS])

@@ -2,9 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
-import signal
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -14,18 +11,23 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
+from lfm_jax.configuration import ConfigError
 from lfm_jax.models import FunctionalModel
 from lfm_jax.models.functional import Tree
-from lfm_jax.sharding.chips import chip_of
+from lfm_jax.sharding import peers
 from lfm_jax.training.checkpoint import Checkpoints
+from lfm_jax.training.goodput import Ledger, Span
 from lfm_jax.training.metrics import MetricsWriter
 from lfm_jax.training.objective import Objective
+from lfm_jax.training.profiling import ProfileConfig, Profiler
 from lfm_jax.training.progress import LoopProgress
+from lfm_jax.training.record import Record
+from lfm_jax.training.replicas import SilentCorruption, check_replicas, describe_devices, differing_devices, gathered_sums
 from lfm_jax.training.state import TrainState, abstract_state, init_state
-from lfm_jax.training.step import make_train_step, place_batch
-
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again.
-EXIT_INTERRUPTED = 75
+from lfm_jax.training.step import make_replay, make_train_step, place_batch
+from lfm_jax.training.stopping import EXIT_INTERRUPTED, Interrupted, stop_requests
+from lfm_jax.training.trackers import check_trackers
+from lfm_jax.training.trouble import TrainingDiverged, Trouble, TroubleConfig, Watchman
 
 
 class BatchIterator(Protocol):
@@ -42,14 +44,6 @@ class BatchIterator(Protocol):
 Evaluate = Callable[[Tree, Tree], dict[str, float]]
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss or its gradient is no finite number."""
-
-
-class Interrupted(SystemExit):
-    """The process was asked to stop, and has saved; the same command resumes."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How long, and what happens on the way.
@@ -59,7 +53,12 @@ class TrainConfig:
     accumulation: micro-batches that a batch is taken in, one after the other, to save memory; it changes nothing else.
     expert_bias_rate: step of the load balance of a mixture of experts (see `make_train_step`).
     log_every, evaluate_every, checkpoint_every: steps between two records, evaluations, checkpoints; the last step has each.
-    keep_checkpoints: that many of the newest stay; keep_every: those of every so many steps stay as well.
+    keep_checkpoints: that many of the newest stay; keep_every: those of every so many steps stay as well; keep_best: and that
+      many of those with the lowest `best_by`, a figure of the evaluation at that step.
+    convert_dtypes: a checkpoint with leaves of other dtypes, e.g. of the optimizer's moments, is converted instead of refused.
+    trouble: what is done about spikes and numbers that are not finite. watch: how long a process may be silent, or take for what.
+    compare_replicas_every: steps between two comparisons of what several devices hold copies of; each checkpoint has one, too.
+    trackers: where figures go to besides metrics.jsonl and TensorBoard: "wandb", "trackio". profile: what is traced.
     """
 
     steps: int
@@ -71,11 +70,24 @@ class TrainConfig:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
     keep_every: int | None = None
+    keep_best: int = 0
+    best_by: str = "nll_per_token"
+    convert_dtypes: bool = False
+    trouble: TroubleConfig = TroubleConfig()
+    watch: peers.WatchConfig = peers.WatchConfig()
+    compare_replicas_every: int = 100
+    trackers: tuple[str, ...] = ()
+    profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self):
-        for name in ("steps", "accumulation", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+        at_least_1 = (
+            "steps", "accumulation", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints",
+            "compare_replicas_every",
+        )  # fmt: skip
+        for name in at_least_1:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_trackers(self.trackers)
 
 
 class Trained(NamedTuple):
@@ -98,6 +110,7 @@ def train(
     evaluate: Evaluate | None = None,
     initial: tuple[Tree, Tree] | None = None,
     flops_per_token: float | None = None,
+    ledger: Ledger | None = None,
 ) -> Trained:
     """Trains to `config.steps`, from where the workdir's newest good checkpoint is.
 
@@ -105,162 +118,252 @@ def train(
       batches: its state goes into the checkpoints, so that the next batch after a restart is the one that would have come.
       run_config: what a checkpoint says of the run it is from.
       evaluate: (params, buffers) -> figures, logged as eval/NAME.
-      initial: (params, buffers) to begin with instead of random ones; the arrays are taken over, and gone afterwards.
+      initial: (params, buffers) to begin with instead of random ones; the arrays are not changed.
       flops_per_token: model FLOPs of a training step, for the MFU; shown where the chip's peak is known.
+      ledger: where the run's time is booked; None: one of the loop's own.
 
     Raises:
-      TrainingDiverged: the loss or the gradient of a step is not finite. The checkpoints are of steps before.
+      TrainingDiverged: the loss or the gradient of a step is not finite, or too often. The checkpoints are of steps before.
+      SilentCorruption: devices differ where they should not; the checkpoints are of steps before.
       Interrupted: SIGTERM or SIGINT came; the step that was running has been finished and saved. A second one ends at once.
       Exception: whatever failed while a checkpoint was written; nothing goes on without one.
     """
     workdir = epath.Path(workdir)
-    step_function = make_train_step(
-        functions, optimizer, objective, mesh,
-        seed=config.seed, accumulation=config.accumulation, expert_bias_rate=config.expert_bias_rate,
-    )  # fmt: skip
+    peers.configure(config.watch)
     with contextlib.ExitStack() as stack:
+        if ledger is None:
+            ledger = stack.enter_context(Ledger(workdir, writes=jax.process_index() == 0))
         checkpoints = stack.enter_context(
-            Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, keep_every=config.keep_every)
-        )
-        state, start = _begin(config, checkpoints, functions, optimizer, mesh, batches, initial)
-        stop = stack.enter_context(_stop_requests())
+            Checkpoints(
+                workdir / "checkpoints",
+                keep=config.keep_checkpoints, keep_every=config.keep_every, keep_best=config.keep_best,
+            )
+        )  # fmt: skip
+        parts = _Parts(functions, optimizer, objective, batches, mesh, initial)
+        run = _Run(config, parts, checkpoints, workdir, run_config, ledger)
+        start = run.begin()
+        stop = stack.enter_context(stop_requests())
         progress = stack.enter_context(LoopProgress("training", config.steps, start))
-        record = stack.enter_context(contextlib.closing(_Record(workdir, start, config, flops_per_token, progress)))
+        profiler = stack.enter_context(Profiler(config.profile, workdir, progress.print))
+        open_writer = lambda step: MetricsWriter(workdir, step, config.trackers, run_config)
+        run.record = Record(open_writer, start, config.steps, config.log_every, flops_per_token, progress, ledger)
+        stack.callback(run.close)
+        run.say = progress.print
         if start:
-            progress.print(f"resumed at step {start} of {config.steps}")
-        for step in range(start + 1, config.steps + 1):
-            state, metrics = step_function(state, place_batch(next(batches), mesh))
-            record.dispatched(step, metrics)
-            due = lambda every, step=step: step % every == 0 or step == config.steps
-            if evaluate is not None and due(config.evaluate_every):
-                record.flush()
-                record.evaluated(step, evaluate(state.params, state.buffers))
-            stopping = stop.requested
-            if due(config.checkpoint_every) or stopping:
-                record.flush()  # of a diverged step no checkpoint is made
-                checkpoints.save(state, data_state=batches.get_state(), config=run_config)
-            if stopping:
-                checkpoints.wait()
-                progress.print(f"stopped after step {step} of {config.steps} and saved; the same command resumes")
+            run.say(f"resumed at step {start} of {config.steps}")
+        stopping = False
+        stack.enter_context(peers.at("loop"))
+        while run.step < config.steps:
+            if not run.advance(profiler):
+                continue
+            stopping = stop.reached(run.step) or stopping
+            if run.settled(evaluate, stopping) and stopping:
+                run.wait()
+                run.say(f"stopped after step {run.step} of {config.steps} and saved; the same command resumes")
                 raise Interrupted(EXIT_INTERRUPTED)
-    return Trained(state, start)
+        run.wait()
+    return Trained(run.state, start)
 
 
-def _begin(
-    config: TrainConfig,
-    checkpoints: Checkpoints,
-    functions: FunctionalModel,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    batches: BatchIterator,
-    initial: tuple[Tree, Tree] | None,
-) -> tuple[TrainState, int]:
-    """(state, steps done): 1. the run's own newest checkpoint that verifies; 2. the parameters that are given; 3. random ones."""
-    restored = checkpoints.restore(abstract_state(functions, optimizer, mesh))
-    if restored is not None:
-        batches.set_state(restored.data_state)
-        return restored.state, restored.step
-    state = init_state(functions, optimizer, mesh, config.seed)
-    if initial is not None:
-        place = lambda own, given: jax.device_put(given, own.sharding)
-        params, buffers = jax.tree.map(place, (state.params, state.buffers), initial)
-        state = state._replace(params=params, buffers=buffers)
-    return state, 0
+class _Parts(NamedTuple):
+    functions: FunctionalModel
+    optimizer: optax.GradientTransformation
+    objective: Objective
+    batches: BatchIterator
+    mesh: Mesh
+    initial: tuple[Tree, Tree] | None
 
 
-class _Stop:
-    requested = False
+class _Run:
+    """Where a run is, and how it comes one step further."""
 
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[_Stop]:
-    """While it lasts, the first SIGTERM or SIGINT is a request; with the second the usual handler is back."""
-    stop, before = _Stop(), {}
-
-    def request(number, frame):
-        stop.requested = True
-        signal.signal(number, before[number])
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, request)
-    except ValueError:  # not the main thread, which alone may set handlers: whoever runs it there stops it
-        pass
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _Record:
-    """Fetches each step's metrics one step late, so that the device is never without work, and writes those that are due."""
+    record: Record
+    say: Callable[[str], None]
 
     def __init__(
-        self, workdir: epath.Path, start: int, config: TrainConfig, flops_per_token: float | None, progress: LoopProgress
+        self,
+        config: TrainConfig,
+        parts: _Parts,
+        checkpoints: Checkpoints,
+        workdir: epath.Path,
+        run_config: dict[str, Any],
+        ledger: Ledger,
     ):
-        self._writer = MetricsWriter(workdir, start) if jax.process_index() == 0 else None
-        self._config, self._progress = config, progress
-        chip = chip_of(jax.devices()[0])
-        known = chip is not None and flops_per_token is not None
-        self._flops_share = flops_per_token / (jax.device_count() * chip.flops) if known else None
-        self._waiting: tuple[int, dict[str, jax.Array]] | None = None
-        # Tokens and seconds since the last record; None until the first step, which compiles, is over.
-        self._since: float | None = None
-        self._tokens = 0.0
+        self._config, self._parts, self._checkpoints, self._run_config = config, parts, checkpoints, run_config
+        self._ledger = ledger
+        self._watchman = Watchman(config.trouble, workdir)
+        self._abstract = abstract_state(parts.functions, parts.optimizer, parts.mesh)
+        self._step_function = make_train_step(
+            parts.functions, parts.optimizer, parts.objective, parts.mesh,
+            seed=config.seed, accumulation=config.accumulation, expert_bias_rate=config.expert_bias_rate,
+            skip=config.trouble.skips,
+        )  # fmt: skip
+        self._compiled = False
+        self.step, self.state = 0, None
 
-    def dispatched(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Step `step` has been handed to the device."""
-        self.flush()
-        self._waiting = step, metrics
+    def begin(self) -> int:
+        """At 1. the run's own newest checkpoint that verifies; 2. the given parameters; 3. random ones. Returns the step."""
+        if self._restored():
+            self._ledger.begin(self.step)
+            return self.step
+        self._ledger.begin(0)
+        functions, optimizer, _, _, mesh, initial = self._parts
+        self.state = init_state(functions, optimizer, mesh, self._config.seed)
+        if initial is not None:
+            place = lambda own, given: jax.device_put(given, own.sharding)
+            params, buffers = jax.tree.map(place, (self.state.params, self.state.buffers), initial)
+            self.state = self.state._replace(params=params, buffers=buffers)
+        if "roll_back" in (self._config.trouble.non_finite, self._config.trouble.spike):
+            self._save(None)  # or the first steps would have nothing to go back to
+        return 0
 
-    def flush(self) -> None:
-        """Waits for the step that was handed over last, and writes it if it is due."""
-        if self._waiting is None:
-            return
-        (step, metrics), self._waiting = self._waiting, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        for name in ("loss", "gradient_norm"):
-            if not math.isfinite(values[name]):
-                raise TrainingDiverged(
-                    f"{name} is {values[name]} at step {step}. The checkpoints are of earlier steps; a lower learning rate, a "
-                    "longer warm-up or another seed of the data may carry the run past it."
-                )
-        now = time.monotonic()
-        if self._since is None:
-            self._since = now
-        else:
-            self._tokens += values["tokens"]
-        if step % self._config.log_every == 0 or step == self._config.steps:
-            self._write(step, values, now)
-        else:
-            self._progress.update(step)
+    def advance(self, profiler: Profiler) -> bool:
+        """Hands the next step to the device, and looks at the one before; False if that made it go back."""
+        step, mesh = self.step + 1, self._parts.mesh
+        profiler.before(step)
+        with self._at("data", step) as wait:
+            batch = self._next_batch(step)
+            if self.record.device_is_busy():
+                wait.kind = "step"  # nobody waited
+        self._watchman.keep(step, batch)
+        bounds = (self._watchman.step_bounds(step),) if self._config.trouble.skips else ()
+        with self._at("step" if self._compiled else "compile", step):
+            self.state, metrics = self._step_function(self.state, place_batch(batch, mesh), *bounds)
+            self.step, self._compiled = step, True
+            found = self.record.dispatched(step, metrics)
+        profiler.after(step, metrics)
+        return self._is_sound(found)
 
-    def _write(self, step: int, values: dict[str, float], now: float) -> None:
-        text = f"loss {values['loss']:.4f}"
-        if self._tokens and now > self._since:
-            rate = values["tokens_per_second"] = self._tokens / (now - self._since)
-            text += f"  {rate:,.0f} tokens/s"
-            if self._flops_share is not None:
-                values["model_flops_utilization"] = rate * self._flops_share
-                text += f"  MFU {values['model_flops_utilization']:.1%}"
-        self._since, self._tokens = now, 0.0
-        if self._writer is not None:
-            self._writer.write(step, {f"train/{name}": value for name, value in values.items()})
-        self._progress.update(step, text)
+    def settled(self, evaluate: Evaluate | None, stopping: bool) -> bool:
+        """Does what is due after a step; False if the step turned out to be one to go back from."""
+        config = self._config
+        due = lambda every: self.step % every == 0 or self.step == config.steps
+        evaluating = evaluate is not None and due(config.evaluate_every)
+        saving = stopping or due(config.checkpoint_every)
+        found = None
+        if evaluating or saving:
+            with self._at("step", self.step):
+                found = self.record.flush()
+        self._ledger.step(self.step)
+        if not self._is_sound(found):
+            return False
+        figures: dict[str, float] = {}
+        if evaluating:
+            with self._at("evaluation", self.step):
+                figures = evaluate(self.state.params, self.state.buffers)
+            self.record.evaluated(self.step, figures)
+        if saving:
+            self._save(figures.get(config.best_by))
+        elif self.step % config.compare_replicas_every == 0:
+            self._compare()
+        return True
 
-    def evaluated(self, step: int, figures: dict[str, float]) -> None:
-        """Writes what an evaluation after `step` found; its time is no training time."""
-        if self._writer is not None:
-            self._writer.write(step, {f"eval/{name}": value for name, value in figures.items()})
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        self._progress.print(f"step {step}: held-out {shown}")
-        self._since, self._tokens = time.monotonic(), 0.0
+    def wait(self) -> None:
+        """Until the last checkpoint is safe."""
+        with self._at("save", self.step):
+            self._checkpoints.wait()
+
+    @contextlib.contextmanager
+    def _at(self, phase: str, step: int, kind: str | None = None) -> Iterator[Span]:
+        """While it lasts, the others see this process in `phase`, and its time is booked as `kind`, or as what the phase is."""
+        with peers.at(phase, step), self._ledger.kind(kind or _KINDS.get(phase, phase)) as span:
+            yield span
 
     def close(self) -> None:
-        """Writes what is due still, unless an error is on its way."""
+        """Writes the figures of the last step, if an error has kept them from being written."""
+        with contextlib.closing(self.record), contextlib.suppress(jax.errors.JaxRuntimeError):  # the error itself is on its way
+            found = self.record.flush()
+            if found is not None:
+                self.record.write(*found)
+
+    def _next_batch(self, step: int) -> dict[str, np.ndarray]:
         try:
-            self.flush()
-        finally:
-            if self._writer is not None:
-                self._writer.close()
+            return next(self._parts.batches)
+        except StopIteration:
+            raise ConfigError(
+                f"the data ends before step {step} of {self._config.steps}, as batches were left out; raise loader.epochs or "
+                "lower train.steps"
+            ) from None
+
+    def _save(self, score: float | None) -> None:
+        self._compare()
+        with self._at("save", self.step):
+            self._checkpoints.save(
+                self.state, data_state=self._parts.batches.get_state(), loop_state=self._watchman.get_state(),
+                config=self._run_config, score=score,
+            )  # fmt: skip
+
+    def _compare(self) -> None:
+        with self._at("step", self.step):
+            check_replicas(self.state, self._parts.mesh, self.step)
+
+    def _restored(self, at_most: int | None = None) -> bool:
+        """Takes the state, and all that goes with it, from the newest checkpoint there is; False if there is none."""
+        with self._at("restore", self.step):
+            cast = self._config.convert_dtypes
+            restored = self._checkpoints.restore(self._abstract, cast=cast, at_most=at_most)
+        if restored is None:
+            return False
+        self.step, self.state = restored.step, restored.state
+        self._parts.batches.set_state(restored.data_state)
+        self._watchman.set_state(restored.loop_state)
+        return True
+
+    def _is_sound(self, found: tuple[int, dict[str, float]] | None) -> bool:
+        """Writes the figures of a step that has been fetched, and does what its trouble asks for, if it is one."""
+        if found is None:
+            return True
+        step, values = found
+        if values.get("skipped"):
+            self._ledger.skip(step)
+        trouble = self._watchman.look(step, values)
+        if trouble is not None:
+            self.say(f"{trouble.text}: {_ACTIONS[trouble.action]}")
+            if values.get("skipped") and self._config.trouble.replay:
+                self._replay(step)
+            if trouble.action == "roll_back":
+                self._roll_back(trouble)
+                return False
+        self.record.write(step, values)
+        return True
+
+    def _replay(self, step: int) -> None:
+        """Computes the gradient of a step that was left out twice more: a device that is broken answers otherwise each time.
+
+        The parameters are those of now; they may have moved by the one step that had been handed over meanwhile.
+        """
+        (functions, _, objective, _, mesh, _), config = self._parts, self._config
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract.params)
+        replay = make_replay(functions, objective, mesh, shardings, seed=config.seed, accumulation=config.accumulation)
+        batch = place_batch(self._watchman.batch(step), mesh)
+        with self._at("compile", step, kind="recovery"):
+            arguments = self.state.params, self.state.buffers, np.int32(step - 1), batch
+            first, second = (gathered_sums(jax.tree.leaves(replay(*arguments)), mesh) for _ in range(2))
+        odd = differing_devices(first, second, mesh)
+        if odd:
+            raise SilentCorruption(
+                f"the gradient of step {step}, computed twice, is not the same on {describe_devices(odd)}. Take the host out of "
+                "the run, or test it; the same command resumes from the newest checkpoint."
+            )
+        self.say(f"step {step}, computed twice more, is the same to the bit: it is the batch or the numbers, not a device")
+
+    def _roll_back(self, trouble: Trouble) -> None:
+        """Goes back to a checkpoint from before the trouble, and past the batches that led to it."""
+        self.wait()
+        self.state = None  # there need not be room for two
+        if not self._restored(at_most=max(0, trouble.step - 1 - self._config.trouble.back)):
+            raise TrainingDiverged(f"{trouble.text}, and there is no checkpoint from before it to go back to.")
+        self._ledger.roll_back(self.step)
+        self._checkpoints.discard(newer_than=self.step)
+        left_out = trouble.step - self.step + self._config.trouble.ahead
+        with self._at("data", self.step, kind="recovery"):
+            for _ in range(left_out):
+                self._next_batch(self.step)
+        self.record.begin(self.step)
+        self.say(f"went back to step {self.step}; {left_out} batches are left out")
+
+
+_KINDS = {"data": "data_wait", "compile": "step"}  # jax says itself how long it compiles
+_ACTIONS = {
+    "report": "the run goes on", "skip": "its update is left out", "roll_back": "the run goes back to an earlier checkpoint"
+}  # fmt: skip

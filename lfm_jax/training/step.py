@@ -17,7 +17,7 @@ from lfm_jax.training.objective import Batch, Objective, Sums
 from lfm_jax.training.state import Purpose, TrainState, parameter_shardings, random_key, replicated, state_shardings
 
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]  # of state and batch, and with `skip` of bounds
 
 
 def make_train_step(
@@ -29,6 +29,7 @@ def make_train_step(
     seed: int,
     accumulation: int = 1,
     expert_bias_rate: float = 1e-3,
+    skip: bool = False,
 ) -> TrainStep:
     """The jitted step (state, batch) -> (state, metrics). It takes the state over: the arrays passed in are gone afterwards.
 
@@ -42,13 +43,55 @@ def make_train_step(
         micro-batches and replicas.
       accumulation: micro-batches that the batch is taken in, one after the other, to save memory.
       expert_bias_rate: the expert bias of a mixture of experts moves by so much a step, towards an even load.
+      skip: the step has a third argument, [2] float32: the largest loss and the largest gradient norm. A step in which either is
+        larger, or no finite number, leaves all of the state as it was but its number, and its metric `skipped` is 1.
 
     Raises:
       ValueError: accumulation is less than 1; or, when first called, the rows do not divide over micro-batches and devices.
     """
     if accumulation < 1:
         raise ValueError(f"accumulation must be at least 1 micro-batch, got {accumulation}")
-    shardings, whole = state_shardings(functions, optimizer, mesh), parameter_shardings(functions, mesh)
+    shardings = state_shardings(functions, optimizer, mesh)
+    summed_gradient = _summed_gradient(functions, objective, mesh, shardings.params, seed, accumulation)
+
+    def step(state: TrainState, batch: Batch, *bounds: jax.Array) -> tuple[TrainState, Metrics]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            gradient, sums = summed_gradient(state.params, state.buffers, state.step, batch)
+            return _updated(optimizer, state, gradient, sums, expert_bias_rate, *bounds)
+
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, None, *(None,) * skip),
+        out_shardings=(shardings, replicated(mesh)),
+    )
+
+
+def make_replay(
+    functions: FunctionalModel, objective: Objective, mesh: Mesh, shardings: Tree, *, seed: int, accumulation: int = 1
+) -> Callable[[Tree, Tree, jax.Array, Batch], tuple[Tree, jax.Array]]:
+    """The jitted first half of a step, (params, buffers, step, batch) -> (gradient, loss), sums over the batch. Nothing changes.
+
+    Run twice with the same arguments it gives the same bits, or a device does not compute what it should.
+
+    Args:
+      shardings: of the parameters in the state.
+    """
+    summed_gradient = _summed_gradient(functions, objective, mesh, shardings, seed, accumulation)
+
+    def replay(params: Tree, buffers: Tree, step: jax.Array, batch: Batch) -> tuple[Tree, jax.Array]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            gradient, sums = summed_gradient(params, buffers, step, batch)
+            return gradient, sums.loss
+
+    return jax.jit(replay, out_shardings=(shardings, replicated(mesh)))
+
+
+def _summed_gradient(
+    functions: FunctionalModel, objective: Objective, mesh: Mesh, shardings: Tree, seed: int, accumulation: int
+) -> Callable[[Tree, Tree, jax.Array, Batch], tuple[Tree, Sums]]:
+    """(params, buffers, step, batch) -> gradient of the summed loss, and the sums, over the whole batch and mesh."""
+    whole = parameter_shardings(functions, mesh)
 
     def summed_loss(params: Tree, buffers: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         sums = objective(functions.bind(params, buffers), batch, key)
@@ -59,22 +102,15 @@ def make_train_step(
         gradient = jax.lax.with_sharding_constraint(gradient, jax.tree.map(lambda each: each.spec, whole))
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient), sums
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            key = jax.random.fold_in(random_key(seed, Purpose.STEP), state.step)
-            check_rows(batch["tokens"].shape[0], accumulation, mesh)
-            accumulated = functools.partial(_accumulated, micro_gradient, accumulation)
-            if mesh.shape["data"] > 1:
-                accumulated = _on_replicas(accumulated, shardings.params)
-            gradient, sums = accumulated(functions.cast(state.params), state.buffers, batch, key)
-            return _updated(optimizer, state, gradient, sums, expert_bias_rate)
+    def summed_gradient(params: Tree, buffers: Tree, step: jax.Array, batch: Batch) -> tuple[Tree, Sums]:
+        key = jax.random.fold_in(random_key(seed, Purpose.STEP), step)
+        check_rows(batch["tokens"].shape[0], accumulation, mesh)
+        accumulated = functools.partial(_accumulated, micro_gradient, accumulation)
+        if mesh.shape["data"] > 1:
+            accumulated = _on_replicas(accumulated, shardings)
+        return accumulated(functions.cast(params), buffers, batch, key)
 
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        in_shardings=(shardings, None),
-        out_shardings=(shardings, replicated(mesh)),
-    )
+    return summed_gradient
 
 
 def make_eval_step(functions: FunctionalModel, objective: Objective, mesh: Mesh) -> Callable[[Tree, Tree, Batch], Sums]:
@@ -200,7 +236,12 @@ def _accumulated(
 
 
 def _updated(
-    optimizer: optax.GradientTransformation, state: TrainState, gradient: Tree, sums: Sums, expert_bias_rate: float
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    gradient: Tree,
+    sums: Sums,
+    expert_bias_rate: float,
+    bounds: jax.Array | None = None,
 ) -> tuple[TrainState, Metrics]:
     weighed = sums.weight > 0
     share = jnp.where(weighed, 1 / jnp.where(weighed, sums.weight, 1), 0)
@@ -221,7 +262,14 @@ def _updated(
     if sums.router_counts is not None:
         metrics |= router_metrics(sums.router_counts)
         buffers = _balanced(buffers, sums.router_counts, expert_bias_rate)
-    return TrainState(state.step + 1, params, buffers, opt_state), metrics
+    updated = TrainState(state.step + 1, params, buffers, opt_state)
+    if bounds is not None:
+        seen = jnp.stack([metrics["loss"], metrics["gradient_norm"]])
+        sound = jnp.all(jnp.isfinite(seen) & (seen <= bounds))
+        kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, state)
+        updated = kept._replace(step=updated.step)
+        metrics["skipped"] = 1 - sound.astype(jnp.float32)
+    return updated, metrics
 
 
 def router_metrics(counts: jax.Array) -> Metrics:

@@ -364,17 +364,17 @@ def test_keep_n_and_keep_every(tmp_path):
 
 
 def test_a_damaged_step_counts_for_nothing_and_is_written_anew(folder):
-    """With the damaged one counted among the newest, keep=1 would leave nothing that can be restored."""
+    """With the damaged one counted among the newest, keep=1 would leave nothing that can be restored. The verified one stays."""
     damage_data(folder / "00000200")
     checkpoints = Checkpoints(folder, keep=1)
     with pytest.warns(CheckpointWarning, match="00000200 is damaged"):
         assert checkpoints.restore(abstract(values(0))).step == 100
     save(checkpoints, 150)
-    assert checkpoints.steps() == [150, 200]
+    assert checkpoints.steps() == [100, 150, 200]
     restored, told = restore(folder)
     assert restored.step == 150 and len(told) == 1
     save(checkpoints, 200)
-    assert checkpoints.steps() == [200]
+    assert checkpoints.steps() == [100, 200]
     restored, told = restore(folder)
     assert restored.step == 200 and told == []
     assert_bits(restored.state, values(200))
@@ -410,7 +410,7 @@ def test_unfinished_steps_before_the_newest_go_with_the_next_save_and_nothing_el
 
 @pytest.mark.parametrize("data_state", [{"x": float("nan")}, {"x": np.ones(2)}, {"x": {1, 2}}], ids=str)
 def test_what_is_no_json_is_refused_before_anything_is_written(tmp_path, data_state):
-    with pytest.raises(ValueError, match="data_state and config must be JSON"):
+    with pytest.raises(ValueError, match="data_state, loop_state, config and score must be JSON"):
         Checkpoints(tmp_path).save(placed(values(1)), data_state=data_state, config={})
     assert list(tmp_path.iterdir()) == []
 
