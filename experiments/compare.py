@@ -17,6 +17,7 @@ from experiments.results import FILE, write_results
 from lfm_jax.configuration import ConfigError, flatten
 from lfm_jax.training import read_metrics
 from lfm_jax.training.goodput import read_seconds, table
+from lfm_jax.training.metrics import is_of_the_machine
 
 _PLOTS = {
     "loss": ("train/nll", "train/loss"),
@@ -25,9 +26,6 @@ _PLOTS = {
     "tokens_per_second": ("train/tokens_per_second",),
 }
 _ABOUT = ("seed", "versions", "device")
-# Of the clock, not of the run: two runs of the same computation differ in these.
-_TIMES = ("time", "train/tokens_per_second", "train/model_flops_utilization")
-_TIME_PREFIXES = ("goodput/",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +95,7 @@ def part(first: Run, other: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for step in steps:
         mine, theirs = first.records[step], other.records[step]
         for name in sorted(mine.keys() & theirs.keys() - {"step"}):
-            if name in _TIMES or name.startswith(_TIME_PREFIXES):
+            if is_of_the_machine(name):
                 continue
             compared += 1
             if name not in apart and not _same(mine[name], theirs[name]):

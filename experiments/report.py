@@ -21,7 +21,7 @@ _ABOUT = ("config", "seed", "versions", "device")
 _FIRST_CHARTS = ("loss", "bits_per_byte", "learning_rate", "tokens_per_second")
 _BASELINES = ("unigram", "bigram")
 _NOISELESS = ("learning_rate",)
-_IN_A_TABLE = "goodput"
+_NO_CHARTS = ("goodput", "hosts", "memory")
 _COLORS = {"train": 0, "eval": 1}
 _MAX_POINTS = 600
 # Geometry of a chart, in units of its own coordinates: the whole, and the margins left, right, top and bottom of the plot.
@@ -131,7 +131,7 @@ def _read_metrics(path: epath.Path) -> dict[str, dict[str, list[tuple[float, flo
             continue
         for name, value in record.items():
             series, slash, quantity = name.partition("/")
-            if slash and series != _IN_A_TABLE and isinstance(value, int | float) and math.isfinite(value):
+            if slash and series not in _NO_CHARTS and isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(quantity, {}).setdefault(series, {})[record["step"]] = float(value)
     return {quantity: {name: sorted(points.items()) for name, points in by.items()} for quantity, by in curves.items()}
 

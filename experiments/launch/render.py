@@ -11,7 +11,7 @@ import jinja2
 from experiments.launch.settings import GENERATIONS, LaunchConfig, Slice, as_name, parse_topology, same_size
 from lfm_jax.configuration import ConfigError, nearest
 
-EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 75  # of run.py; a test holds them to where they are defined
+EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_PEER = 2, 75, 76  # of run.py; a test holds them to where they are defined
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -93,7 +93,7 @@ def _xpk(job: _Job) -> list[str]:
         f"--workload={job.name} --tpu-type={job.piece.accelerator_type} --num-slices={settings.slices}",
         f"--docker-image={shlex.quote(settings.image)}",
         *(f"--env={shlex.quote(f'{name}={value}')}" for name, value in job.environment.items()),
-        f"--max-restarts={settings.max_restarts} --restart-on-exit-codes={EXIT_INTERRUPTED}",
+        f"--max-restarts={settings.max_restarts} --restart-on-exit-codes={EXIT_INTERRUPTED},{EXIT_PEER}",
         f"--command={shlex.quote(shlex.join(job.command))}",
     ]
 
@@ -179,5 +179,5 @@ def _filled(template: str, job: _Job, **more: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["quoted"] = lambda value: json.dumps(value, ensure_ascii=False)  # for YAML, of which JSON is a part
-    values = {**job._asdict(), "mistake": EXIT_MISTAKE, "interrupted": EXIT_INTERRUPTED, **more}
+    values = {**job._asdict(), "mistake": EXIT_MISTAKE, "interrupted": EXIT_INTERRUPTED, "peer": EXIT_PEER, **more}
     return environment.get_template(template).render(values)

@@ -17,13 +17,14 @@ from lfm_jax.models.operators import OPERATORS
 GROUPS = ("embeddings", "operators", "feed_forward", "norms")
 
 
-def _group(path: tuple) -> str:
+def parameter_group(path: tuple) -> str:
+    """The one of `GROUPS` that the parameter at a path of the tree belongs to."""
     names = [key.key for key in path]
     if names[-1] == "scale":
         return "norms"
     if names[0] in ("embed", "lm_head"):
         return "embeddings"
-    return "operators" if names[2] == "operator" else "feed_forward"
+    return "operators" if "operator" in names else "feed_forward"
 
 
 def abstract_params(config: ModelConfig) -> Tree:
@@ -39,7 +40,7 @@ def parameter_groups(config: ModelConfig) -> dict[str, int]:
     """
     groups = dict.fromkeys(GROUPS, 0)
     for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]:
-        groups[_group(path)] += math.prod(leaf.shape)
+        groups[parameter_group(path)] += math.prod(leaf.shape)
     return groups
 
 

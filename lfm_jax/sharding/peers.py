@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from jax._src import distributed as jax_distributed  # its client, whose key-value store has no public name
 
-EXIT_PEER = 76  # a process was dead, frozen, stuck or raised an error: the same command, again
+EXIT_PEER = 76  # a process was dead, frozen or stuck: the same command, again; with an error of one all leave with its code
 # What a process does when it waits for the others, as far as this side can see.
 WAITING = ("step", "save", "barrier")
 _BEATS, _FIRST = "lfm_jax/beat/", "lfm_jax/first/"  # of each; what process 0 tells the others
@@ -89,7 +90,9 @@ class Watch:
         self._number = 0
         self._answered = self._judged_at = time.monotonic()
         self._heard: dict[int, _Heard] = {}
-        self._own = {"seconds": 0.0, "steps": 0}
+        # Seconds that this process spent on data, which the others wait for; what all had spent when the figures were last asked
+        # for, and when the slow were last looked for.
+        self._data_seconds, self._told_seconds, self._looked_at = 0.0, {}, (time.monotonic(), {})
         self._verdict: dict[str, Any] | None = None
         self._known, self._ended, self._hurry = threading.Event(), threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
@@ -116,8 +119,7 @@ class Watch:
         else:
             now = time.monotonic()
             if phase == "data":
-                self._own["seconds"] += now - self._activity.since
-                self._own["steps"] += 1
+                self._data_seconds += now - self._activity.since
             self._activity = before._replace(since=now, step=step if step is not None else before.step)
 
     def raised(self, error: BaseException, code: int) -> int:
@@ -148,6 +150,19 @@ class Watch:
             time.sleep(0.02)
         self._ended.set()
 
+    def data_seconds(self) -> dict[str, float]:
+        """In process 0: what the processes spent on data since this was last asked for: the most, whose it is, and the median."""
+        spent = _data_seconds(self._heard)
+        since = {process: seconds - self._told_seconds.get(process, 0.0) for process, seconds in spent.items()}
+        self._told_seconds = spent
+        if not since:
+            return {}
+        slowest = max(since, key=since.get)
+        return {
+            "hosts/data_seconds_most": since[slowest], "hosts/data_seconds_median": statistics.median(since.values()),
+            "hosts/slowest_process": slowest,
+        }  # fmt: skip
+
     def _beat(self) -> None:
         while not self._ended.is_set():
             self._hurry.wait(self._pause)
@@ -171,7 +186,8 @@ class Watch:
         return {
             "number": self._number, "host": socket.gethostname(), "pid": os.getpid(), "born": _birth(os.getpid()),
             "phase": activity.phase, "step": activity.step, "seconds": time.monotonic() - activity.since,
-            "state": self._state, "error": self._error, "secondary": self._secondary, "code": self._code, "own": self._own,
+            "state": self._state, "error": self._error, "secondary": self._secondary, "code": self._code,
+            "data_seconds": self._data_seconds,
         }  # fmt: skip
 
     def _told(self) -> dict[str, Any] | None:
@@ -192,6 +208,12 @@ class Watch:
             if process not in self._heard or self._heard[process].beat["number"] != beat["number"]:
                 self._heard[process] = _Heard(beat, now)
         self._client.key_value_set(f"{_FIRST}beat", json.dumps(self._heard[0].beat), allow_overwrite=True)
+        looked, before = self._looked_at
+        if now - looked >= self.config.silent:
+            self._looked_at = now, _data_seconds(self._heard)
+            for process, share in slow(before, self._looked_at[1], now - looked):
+                who = _who(process, self._heard[process].beat)
+                print(f"run.py: {who} is slow: its data takes {share:.0%} of the time, and the others wait", file=sys.stderr)
         verdict = judge(self._heard, self.count, self.config, self._pause, now)
         if verdict is not None:
             self._client.key_value_set(f"{_FIRST}verdict", json.dumps(verdict), allow_overwrite=True)
@@ -313,6 +335,22 @@ def judge(
     return None
 
 
+def slow(before: dict[int, float], now: dict[int, float], elapsed: float) -> list[tuple[int, float]]:
+    """(process, share of the time that it spent on data), of those with more than half where the others have less than a quarter.
+
+    Args:
+      before, now: seconds that each process had spent on data then, and `elapsed` seconds later.
+    """
+    shares = {process: (seconds - before[process]) / elapsed for process, seconds in now.items() if process in before}
+    if len(shares) < 2 or statistics.median_low(shares.values()) > 0.25:
+        return []
+    return [(process, share) for process, share in shares.items() if share > 0.5]
+
+
+def _data_seconds(heard: dict[int, _Heard]) -> dict[int, float]:
+    return {process: each.beat["data_seconds"] for process, each in sorted(heard.items())}
+
+
 def _verdict(
     beats: dict[int, dict[str, Any]], culprits: list[int], what: str, code: int = EXIT_PEER, *, frozen: bool = False
 ) -> dict[str, Any]:
@@ -322,7 +360,7 @@ def _verdict(
     waiting = f" It kept waiting: {', '.join(map(str, others[:8]))}{' and others' if len(others) > 8 else ''}." if others else ""
     text = f"{named}, and {what}.{waiting}"
     return {
-        "text": text, "culprits": culprits, "code": code if code == 2 else EXIT_PEER,
+        "text": text, "culprits": culprits, "code": code,
         "frozen": [beats[process] for process in culprits] if frozen else [],
     }  # fmt: skip
 
@@ -377,6 +415,11 @@ def watch() -> None:
 def configure(config: WatchConfig) -> None:
     """From now on these limits hold."""
     _watch.config = config
+
+
+def data_seconds() -> dict[str, float]:
+    """See `Watch.data_seconds`."""
+    return _watch.data_seconds()
 
 
 def raised(error: BaseException, code: int) -> int:

@@ -36,7 +36,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from lfm_jax.configuration import ConfigError
 from lfm_jax.training import checkpoint_manifest
-from lfm_jax.training.checkpoint_manifest import MANIFEST, STATE, short
+from lfm_jax.training.checkpoint_manifest import MANIFEST, STATE, Unreachable, short
 from lfm_jax.training.fingerprint import fingerprints, finish_fingerprints, leaf_paths, start_fingerprints
 
 _PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "numpy")
@@ -67,7 +67,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in a folder. Only `save` and `discard` change anything there, so others may read while a run writes.
+    """The checkpoints in a folder. Only `save` and `discard` change steps there, so others may read while a run writes.
 
     On several processes, which must all see the folder, each of them makes every call.
 
@@ -108,8 +108,9 @@ class Checkpoints:
             error.add_note(f"and besides: {failure}")
 
     def steps(self) -> list[int]:
-        """The committed steps, in ascending order; whether they are undamaged only `restore` can tell."""
-        return [step for step in self._numbered() if (self._step(step) / MANIFEST).exists()]
+        """The committed steps, in ascending order; whether they are undamaged only `restore` can tell. Raises CheckpointError."""
+        with _looking_through(self._folder):
+            return [step for step in self._numbered() if (self._step(step) / MANIFEST).exists()]
 
     def unfinished(self) -> list[int]:
         """Steps whose save did not come to an end, or has not yet."""
@@ -205,7 +206,8 @@ class Checkpoints:
         Raises:
           ConfigError: the checkpoint is of another tree, or a leaf of another shape or dtype: that is no damage, so no older
             step is tried.
-          CheckpointError: there are checkpoints, and all are damaged.
+          CheckpointError: there are checkpoints, and all are damaged; or one cannot be reached (a bucket that does not answer, a
+            permission that was lost), which is no damage, so no older step is tried either.
         """
         self.wait()
         wanted = {path: _placed(leaf) for path, leaf in leaf_paths(abstract_state).items()}
@@ -231,18 +233,19 @@ class Checkpoints:
         return None
 
     def verify(self, step: int) -> str | None:
-        """What is wrong with a committed step, None if every bit is as it was saved. Reads it in parts, on one device."""
+        """What is wrong with a committed step, None if every bit is as it was saved. Reads it in parts, on one device.
+
+        A damaged one loses its mark. Raises CheckpointError, as `restore` does, if it cannot be reached.
+        """
         manifest, problem = checkpoint_manifest.read(self._step(step), step)
-        problem = problem or checkpoint_manifest.damaged_file(self._step(step), manifest["files"])
-        if problem is not None:
-            return problem
-        stored = manifest["leaves"]
+        problem = _agreed(self._step(step), problem or checkpoint_manifest.damaged_file(self._step(step), manifest["files"]))
+        stored = manifest["leaves"] if problem is None else {}
         wanted = {path: _placed(jax.ShapeDtypeStruct(tuple(leaf["shape"]), leaf["dtype"])) for path, leaf in stored.items()}
         for part in _parts(wanted):
-            _, problem = _read(self._step(step), part, stored)
-            if problem is not None:
-                return problem
-        return None
+            problem = problem or _read(self._step(step), part, stored)[1]
+        if problem is not None:
+            (self._step(step) / checkpoint_manifest.VERIFIED).unlink(missing_ok=True)
+        return problem
 
     def mark_verified(self, step: int) -> None:
         """Notes for whoever removes old steps that this one was found whole."""
@@ -261,9 +264,9 @@ class Checkpoints:
         return self._folder / f"{step:08d}"
 
     def _numbered(self) -> list[int]:
-        if not self._folder.exists():
-            return []
-        names = [entry.name for entry in self._folder.iterdir()]
+        with _looking_through(self._folder):
+            checkpoint_manifest.look_anew(self._folder)
+            names = [entry.name for entry in self._folder.iterdir()] if self._folder.exists() else []
         return sorted(int(name) for name in names if re.fullmatch(r"[0-9]{8,}", name) and name == f"{int(name):08d}")
 
     def _prepare(self, step: int, size: int) -> None:
@@ -287,9 +290,12 @@ class Checkpoints:
                         content["leaves"][path]["fingerprint"] = fingerprint
                     checkpoint_manifest.commit(self._step(step), content)
                     self._damaged.discard(step)
+                    self._verified.discard(step)  # an earlier one of that number, which is gone
+                    self._scores[step] = content["score"]
                     self._remove_old(step)
             finally:
                 _meet(f"lfm_jax_checkpoint_{number}")
+            checkpoint_manifest.look_anew(self._folder)
             if not (self._step(step) / MANIFEST).exists():
                 raise OSError(f"{self._step(step) / MANIFEST} is not there: process 0 did not commit it")
             self._damaged.discard(step)
@@ -300,13 +306,11 @@ class Checkpoints:
     def _not_written(self, step: int, error: Exception) -> CheckpointError:
         """The error to raise; what was written so far goes, or it would keep a full disk full."""
         there = "unknown"
-        try:
+        with contextlib.suppress(Exception):  # most likely what went wrong in the first place; `_prepare` tries again
             committed = self.steps()
             there = ", ".join(map(str, committed)) or "none"
             if jax.process_index() == 0 and step not in committed:
                 checkpoint_manifest.remove(self._step(step))
-        except OSError:
-            pass  # most likely what went wrong in the first place; `_prepare` tries again
         return CheckpointError(
             f"saving the checkpoint of step {step} in {self._folder} failed: {short(error)}. Steps saved there: {there}. Once "
             "the cause is removed, the same command resumes from the newest."
@@ -323,7 +327,7 @@ class Checkpoints:
                 if step < newest and step not in kept:
                     checkpoint_manifest.remove(self._step(step))
             self._remove_unfinished(before=newest)
-        except OSError as error:
+        except Exception as error:
             text = f"step {newest} is saved, but older ones in {self._folder} could not be removed: {short(error)}"
             warnings.warn(text, CheckpointWarning, stacklevel=1)
 
@@ -333,7 +337,9 @@ class Checkpoints:
             return []
         for step in steps:
             if step not in self._scores:
-                manifest, _ = checkpoint_manifest.read(self._step(step), step)
+                manifest, problem = checkpoint_manifest.read(self._step(step), step)
+                if isinstance(problem, Unreachable):
+                    raise OSError(f"the score of step {step} is not known: {problem}")
                 self._scores[step] = manifest and manifest.get("score")
         scored = [step for step in steps if self._scores[step] is not None]
         return sorted(scored, key=lambda step: self._scores[step])[: self._keep_best]
@@ -359,7 +365,7 @@ class Checkpoints:
         manifest, problem = checkpoint_manifest.read(self._step(step), step)
         if problem is None and jax.process_index() == 0:
             problem = checkpoint_manifest.damaged_file(self._step(step), manifest["files"])
-        problem = _agreed(problem)
+        problem = _agreed(self._step(step), problem)
         if problem is not None:
             return None, None, problem
         stored = manifest["leaves"]
@@ -400,7 +406,7 @@ def _read(
 ) -> tuple[dict[str, jax.Array] | None, str | None]:
     """(the arrays of a step in the order of `wanted`, None) if they have their fingerprints, or (None, what is wrong)."""
     leaves, problem = _load(folder / STATE, wanted)
-    problem = _agreed(problem)
+    problem = _agreed(folder, problem)
     if problem is not None:
         return None, problem
     found = fingerprints(leaves)
@@ -432,7 +438,7 @@ def _load(folder: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> tuple[
         )
         return {path: stored[path] if leaf.size else empty(leaf) for path, leaf in wanted.items()}, None
     except Exception as error:  # of what kind depends on the byte that is damaged
-        return None, f"{STATE}/ cannot be read: {short(error)}"
+        return None, checkpoint_manifest.problem_of(f"{STATE}/", folder, error)
 
 
 def _meet(name: str) -> None:
@@ -444,12 +450,27 @@ def _meet(name: str) -> None:
             loop.run_until_complete(barrier)
 
 
-def _agreed(problem: str | None) -> str | None:
-    """What is wrong for any process is wrong for all."""
-    if jax.process_count() == 1:
-        return problem
-    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(problem is not None)))
-    return f"process {failed[0]} cannot read it" if len(failed) and problem is None else problem
+def _agreed(folder: epath.Path, problem: str | None) -> str | None:
+    """What is wrong for any process is wrong for all, and `CheckpointError` for all if one of them cannot reach the step."""
+    kind = np.array([problem is not None, isinstance(problem, Unreachable)])
+    failed, unreachable = (np.flatnonzero(which) for which in multihost_utils.process_allgather(kind).reshape(-1, 2).T)
+    if len(failed) and problem is None:
+        problem = f"process {failed[0]} cannot read it"
+    if len(unreachable):
+        text = f"{folder} cannot be reached: {problem}. That is no damage, and no older step is used"
+        raise CheckpointError(f"{text}; once it can be read, the same command goes on.")
+    return problem
+
+
+@contextlib.contextmanager
+def _looking_through(folder: epath.Path) -> Iterator[None]:
+    """Around what lists the steps."""
+    try:
+        yield
+    except (NotADirectoryError, CheckpointError):
+        raise
+    except Exception as error:  # a bucket's client has errors of its own
+        raise CheckpointError(f"{folder} cannot be read: {short(error)}. Once it can, the same command goes on.") from error
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:

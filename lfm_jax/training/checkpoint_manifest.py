@@ -1,12 +1,15 @@
 """The manifest of a checkpoint, and the folder of one step: what makes it whole, and how to tell that it is."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
+import re
 from typing import Any
 
 from etils import epath
+from etils.epath import backend
 
 MANIFEST = "manifest.json"
 STATE = "state"
@@ -17,6 +20,13 @@ _PART = f"{MANIFEST}.part"
 _SMALL_BYTES = 1 << 20
 # A request to an object store takes some 50 ms, and of hundreds of processes each has written a few files.
 _THREADS = 32
+# How TensorStore says that it could not reach a file, and the packages whose errors say so of a bucket.
+_NOT_REACHED = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED)\b")
+_CLIENTS = ("aiohttp", "gcsfs", "google", "requests")
+
+
+class Unreachable(str):
+    """What is wrong with a step whose files cannot be read now: of what is in them it says nothing."""
 
 
 def encode(content: dict[str, Any]) -> bytes:
@@ -32,8 +42,11 @@ def commit(folder: epath.Path, content: dict[str, Any]) -> None:
     On a local disk all these files are there for good before the manifest is, and it before this returns.
     """
     _flush(folder)
-    content = {"format": _FORMAT, **content, "files": _describe(folder / STATE)}
-    (folder / _PART).write_bytes(encode(content))
+    data = encode({"format": _FORMAT, **content, "files": _describe(folder / STATE)})
+    if _in_bucket(folder):
+        (folder / MANIFEST).write_bytes(data)  # an object is there whole or not at all
+        return
+    (folder / _PART).write_bytes(data)
     _flush(folder)
     (folder / _PART).replace(folder / MANIFEST)
     _flush(folder)
@@ -51,8 +64,8 @@ def read(folder: epath.Path, step: int) -> tuple[dict[str, Any] | None, str | No
         content = json.loads(data)
         del content["digest"]
         sound = encode(content) == data and content["step"] == step
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        return None, f"{MANIFEST} cannot be read: {short(error)}"
+    except Exception as error:  # of what kind depends on the byte that is damaged, and in a bucket on the client
+        return None, problem_of(MANIFEST, folder, error)
     if not sound:
         return None, f"{MANIFEST} is not as it was written for this step: its digest does not fit"
     if content["format"] != _FORMAT:
@@ -67,8 +80,8 @@ def damaged_file(folder: epath.Path, files: dict[str, dict[str, Any]]) -> str | 
     """
     try:
         found = _describe(folder / STATE)
-    except OSError as error:
-        return f"{STATE}/ cannot be read: {short(error)}"
+    except Exception as error:  # a bucket's client has errors of its own
+        return problem_of(f"{STATE}/", folder, error)
     for name, expected in files.items():
         if name not in found:
             return f"{STATE}/{name} is missing"
@@ -79,29 +92,46 @@ def damaged_file(folder: epath.Path, files: dict[str, dict[str, Any]]) -> str | 
     return None
 
 
+def problem_of(what: str, folder: epath.Path, error: BaseException) -> str:
+    """That something of a step cannot be read; `Unreachable` if the error is of the way to it: no damage, and it may pass."""
+    while error.__cause__ is not None:  # Orbax packs TensorStore's errors into its own
+        error = error.__cause__
+    client = type(error).__module__.partition(".")[0] in _CLIENTS or isinstance(error, OSError)
+    reached = not isinstance(error, PermissionError) and not _NOT_REACHED.search(str(error))
+    damaged = isinstance(error, FileNotFoundError) or reached and not (client and _in_bucket(folder))
+    return (str if damaged else Unreachable)(f"{what} cannot be read: {short(error)}")
+
+
+def look_anew(folder: epath.Path) -> None:
+    """For a bucket: gcsfs remembers what it has listed, and what others, TensorStore among them, write later it does not see."""
+    if _in_bucket(folder):
+        backend.fsspec_backend.fs(folder).invalidate_cache()
+
+
 def remove(folder: epath.Path) -> None:
     """Removes a step, the manifest first, so that half of it is never taken for whole; what is not of ours stays."""
     if not folder.exists():
         return
     (folder / MANIFEST).unlink(missing_ok=True)
-    for entry in folder.iterdir():
-        if entry.name in (_PART, VERIFIED):
-            entry.unlink()
-        elif entry.name == STATE or entry.name.startswith(f"{STATE}."):
-            entry.rmtree()
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    with contextlib.suppress(FileNotFoundError):  # in a bucket a folder goes with the last file in it
+        for entry in folder.iterdir():
+            if entry.name in (_PART, VERIFIED):
+                entry.unlink()
+            elif entry.name == STATE or entry.name.startswith(f"{STATE}."):
+                entry.rmtree()
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def free_bytes(folder: epath.Path) -> int | None:
     """Of the local disk that an existing folder is on, for an ordinary user; None for object stores."""
-    if "://" in os.fspath(folder):
+    if _in_bucket(folder):
         return None
     disk = os.statvfs(folder)
     return disk.f_bavail * disk.f_frsize
 
 
-def short(error: Exception) -> str:
+def short(error: BaseException) -> str:
     """The beginning of an error; those of the libraries underneath can fill pages."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
@@ -114,10 +144,15 @@ def _describe(folder: epath.Path) -> dict[str, dict[str, Any]]:
         size = file.stat().length
         return {"bytes": size} | ({"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if size <= _SMALL_BYTES else {})
 
+    look_anew(folder)
     files = _files(folder)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         described = pool.map(describe, files)
         return {file.relative_to(folder).as_posix(): entry for file, entry in zip(files, described, strict=True)}
+
+
+def _in_bucket(folder: epath.Path) -> bool:
+    return "://" in os.fspath(folder)
 
 
 def _files(folder: epath.Path) -> list[epath.Path]:
@@ -126,7 +161,7 @@ def _files(folder: epath.Path) -> list[epath.Path]:
 
 def _flush(folder: epath.Path, *, deep: bool = True) -> None:
     """fsync of a local folder and, if deep, of all in it: Orbax leaves that out for its folders and small files."""
-    if "://" in os.fspath(folder):
+    if _in_bucket(folder):
         return
     for entry in folder.iterdir() if deep else ():
         if entry.is_dir():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -58,6 +59,8 @@ class TrainConfig:
     convert_dtypes: a checkpoint with leaves of other dtypes, e.g. of the optimizer's moments, is converted instead of refused.
     trouble: what is done about spikes and numbers that are not finite. watch: how long a process may be silent, or take for what.
     compare_replicas_every: steps between two comparisons of what several devices hold copies of; each checkpoint has one, too.
+    device_check_every: steps between two that run in a second program, which computes everything three times and ends the run where
+      the results differ (the TPU compiler's checker, v5p and v6e); None: none does.
     trackers: where figures go to besides metrics.jsonl and TensorBoard: "wandb", "trackio". profile: what is traced.
     """
 
@@ -76,6 +79,7 @@ class TrainConfig:
     trouble: TroubleConfig = TroubleConfig()
     watch: peers.WatchConfig = peers.WatchConfig()
     compare_replicas_every: int = 100
+    device_check_every: int | None = None
     trackers: tuple[str, ...] = ()
     profile: ProfileConfig = ProfileConfig()
 
@@ -87,6 +91,8 @@ class TrainConfig:
         for name in at_least_1:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.device_check_every is not None and self.device_check_every < 1:
+            raise ValueError(f"device_check_every must be at least 1, or None, got {self.device_check_every}")
         check_trackers(self.trackers)
 
 
@@ -156,7 +162,7 @@ def train(
         while run.step < config.steps:
             if not run.advance(profiler):
                 continue
-            stopping = stop.reached(run.step) or stopping
+            stopping = stop.reached() or stopping
             if run.settled(evaluate, stopping) and stopping:
                 run.wait()
                 run.say(f"stopped after step {run.step} of {config.steps} and saved; the same command resumes")
@@ -193,11 +199,15 @@ class _Run:
         self._ledger = ledger
         self._watchman = Watchman(config.trouble, workdir)
         self._abstract = abstract_state(parts.functions, parts.optimizer, parts.mesh)
-        self._step_function = make_train_step(
-            parts.functions, parts.optimizer, parts.objective, parts.mesh,
+        step = functools.partial(
+            make_train_step, parts.functions, parts.optimizer, parts.objective, parts.mesh,
             seed=config.seed, accumulation=config.accumulation, expert_bias_rate=config.expert_bias_rate,
             skip=config.trouble.skips,
         )  # fmt: skip
+        self._step_functions = [step()]
+        if config.device_check_every is not None:
+            with mistakes_in("train.device_check_every"):
+                self._step_functions.append(step(compiler_options=checker_for(parts.mesh.devices.flat[0])))
         self._compiled = False
         self.step, self.state = 0, None
 
@@ -332,13 +342,11 @@ class _Run:
 
         The parameters are those of now; they may have moved by the one step that had been handed over meanwhile.
         """
-        (functions, _, objective, _, mesh, _), config = self._parts, self._config
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract.params)
-        replay = make_replay(functions, objective, mesh, shardings, seed=config.seed, accumulation=config.accumulation)
+        mesh = self._parts.mesh
         batch = place_batch(self._watchman.batch(step), mesh)
         with self._at("compile", step, kind="recovery"):
             arguments = self.state.params, self.state.buffers, np.int32(step - 1), batch
-            first, second = (gathered_sums(jax.tree.leaves(replay(*arguments)), mesh) for _ in range(2))
+            first, second = (gathered_sums(jax.tree.leaves(self._replayed(*arguments)), mesh) for _ in range(2))
         odd = differing_devices(first, second, mesh)
         if odd:
             raise SilentCorruption(
@@ -347,18 +355,30 @@ class _Run:
             )
         self.say(f"step {step}, computed twice more, is the same to the bit: it is the batch or the numbers, not a device")
 
+    @functools.cached_property
+    def _replayed(self) -> Callable:
+        (functions, _, objective, _, mesh, _), config = self._parts, self._config
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract.params)
+        return make_replay(functions, objective, mesh, shardings, seed=config.seed, accumulation=config.accumulation)
+
     def _roll_back(self, trouble: Trouble) -> None:
         """Goes back to a checkpoint from before the trouble, and past the batches that led to it."""
+        config = self._config
         self.wait()
         self.state = None  # there need not be room for two
-        if not self._restored(at_most=max(0, trouble.step - 1 - self._config.trouble.back)):
+        latest = max(0, trouble.step - 1 - config.trouble.back)
+        # Those that were due come first: what a stop has saved in between is not there in a run that was not stopped.
+        due = latest - latest % config.checkpoint_every
+        troubled_batch = trouble.step + self._watchman.left_out
+        if not (self._restored(at_most=due) or self._restored(at_most=latest)):
             raise TrainingDiverged(f"{trouble.text}, and there is no checkpoint from before it to go back to.")
         self._ledger.roll_back(self.step)
         self._checkpoints.discard(newer_than=self.step)
-        left_out = trouble.step - self.step + self._config.trouble.ahead
+        left_out = troubled_batch + config.trouble.ahead - (self.step + self._watchman.left_out)
         with self._at("data", self.step, kind="recovery"):
             for _ in range(left_out):
-                self._next_batch(self.step)
+                self._next_batch(self.step + 1)
+        self._watchman.left_out += left_out
         self.record.begin(self.step)
         self.say(f"went back to step {self.step}; {left_out} batches are left out")
 

@@ -13,10 +13,16 @@ from etils import epath
 from lfm_jax.training.trackers import Pace, TensorBoard, Tracker, open_tracker
 
 FILE = "metrics.jsonl"
+_OF_THE_MACHINE = ("time", "train/tokens_per_second", "train/model_flops_utilization")
+_GROUPS_OF_THE_MACHINE = ("goodput/", "hosts/", "memory/")
 
 
 class MetricsError(RuntimeError):
     """A record could not be written."""
+
+
+class MetricsWarning(UserWarning):
+    """A record is damaged."""
 
 
 class TrackerWarning(UserWarning):
@@ -24,10 +30,26 @@ class TrackerWarning(UserWarning):
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
-    """The records of `metrics.jsonl`, oldest first; half a line, which a killed process may leave at the end, is no record."""
+    """The records of `metrics.jsonl`, oldest first; half a line, which a killed process may leave at the end, is no record.
+
+    A line that is damaged otherwise is told of in a `MetricsWarning`, and left out.
+    """
     path = epath.Path(workdir) / FILE
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True) if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            records += [record] * (line.endswith("\n") and isinstance(record["step"], int))
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                warnings.warn(f"{path}:{number} is damaged and left out", MetricsWarning, stacklevel=2)
+    return records
+
+
+def is_of_the_machine(name: str) -> bool:
+    """Whether a figure is one of time or memory, which two runs that are otherwise the same do not share."""
+    return name in _OF_THE_MACHINE or name.startswith(_GROUPS_OF_THE_MACHINE)
 
 
 class MetricsWriter:

@@ -1,11 +1,14 @@
 """What is written of a run while it goes on: figures of the steps that are due, rates, evaluations, and the bar to look at."""
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable
 
 import jax
 
+from lfm_jax.sharding import peers
 from lfm_jax.sharding.chips import chip_of
 from lfm_jax.training.goodput import Ledger, table
 from lfm_jax.training.metrics import MetricsWriter
@@ -92,7 +95,7 @@ class Record:
         if self._writer is not None:
             figures = {f"train/{name}": value for name, value in values.items() if math.isfinite(value)}
             goodput = {f"goodput/{row['kind']}": row["share"] for row in table(self._ledger.seconds()) if row["share"]}
-            self._writer.write(step, figures | goodput)
+            self._writer.write(step, figures | goodput | _memory() | peers.data_seconds())
         self._progress.update(step, text)
 
     def evaluated(self, step: int, figures: dict[str, float]) -> None:
@@ -108,3 +111,11 @@ class Record:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _memory() -> dict[str, float]:
+    """Peak bytes of this process, and of its device with the most, where the device says."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"memory/host_peak_bytes": host} | ({"memory/device_peak_bytes": max(peaks)} if peaks else {})

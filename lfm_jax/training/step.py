@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from lfm_jax.models import FunctionalModel
+from lfm_jax.models.accounting import parameter_group
 from lfm_jax.models.functional import Tree
 from lfm_jax.sharding import activation_sharding, constrain, dealt_order, shard_count
 from lfm_jax.training.objective import Batch, Objective, Sums
@@ -30,13 +31,15 @@ def make_train_step(
     accumulation: int = 1,
     expert_bias_rate: float = 1e-3,
     skip: bool = False,
+    compiler_options: dict[str, str] | None = None,
 ) -> TrainStep:
     """The jitted step (state, batch) -> (state, metrics). It takes the state over: the arrays passed in are gone afterwards.
 
     The gradient is that of the sum of losses over the sum of weights of the whole batch, however the rows are dealt to
     micro-batches, devices and hosts. The metrics are float32 scalars on the device: `loss` and the objective's own, each over the
-    weight; `tokens`, the weight; `gradient_norm` before clipping; `learning_rate`, where the optimizer's state has one; and for a
-    mixture of experts those of `router_metrics`. A batch without any weight leaves the parameters as they are, with a loss of 0.
+    weight; `tokens`, the weight; `gradient_norm` before clipping, and `gradient_norm_GROUP` and `update_norm_GROUP` of each group
+    of parameters; `learning_rate`, where the optimizer's state has one; and for a mixture of experts those of `router_metrics`. A
+    batch without any weight leaves the parameters as they are, with a loss of 0.
 
     Args:
       seed: of the random numbers that an objective draws; they depend on it, on the step, and on how the rows are dealt to
@@ -45,6 +48,7 @@ def make_train_step(
       expert_bias_rate: the expert bias of a mixture of experts moves by so much a step, towards an even load.
       skip: the step has a third argument, [2] float32: the largest loss and the largest gradient norm. A step in which either is
         larger, or no finite number, leaves all of the state as it was but its number, and its metric `skipped` is 1.
+      compiler_options: for this program alone, beside the flags of the process.
 
     Raises:
       ValueError: accumulation is less than 1; or, when first called, the rows do not divide over micro-batches and devices.
@@ -64,6 +68,7 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(shardings, None, *(None,) * skip),
         out_shardings=(shardings, replicated(mesh)),
+        compiler_options=compiler_options,
     )
 
 
@@ -248,12 +253,15 @@ def _updated(
     gradient = jax.tree.map(lambda leaf: leaf * share, gradient)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     # Without any weight the gradient is zero, but momentum and weight decay would still move the parameters.
-    params = jax.tree.map(lambda leaf, update: leaf + jnp.where(weighed, update, 0), state.params, updates)
+    updates = jax.tree.map(lambda update: jnp.where(weighed, update, 0), updates)
+    params = jax.tree.map(jnp.add, state.params, updates)
     metrics = {
         "loss": sums.loss * share,
         **{name: value * share for name, value in sums.metrics.items()},
         "tokens": sums.weight,
         "gradient_norm": optax.tree.norm(gradient),
+        **_norms_by_group("gradient_norm", gradient),
+        **_norms_by_group("update_norm", updates),
     }
     rate = optax.tree.get(opt_state, "learning_rate")
     if rate is not None:
@@ -270,6 +278,15 @@ def _updated(
         updated = kept._replace(step=updated.step)
         metrics["skipped"] = 1 - sound.astype(jnp.float32)
     return updated, metrics
+
+
+def _norms_by_group(name: str, tree: Tree) -> Metrics:
+    """The Euclidean norm over all parameters of a group (see `parameter_group`), as NAME_GROUP."""
+    squares: dict[str, jax.Array] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        group = parameter_group(path)
+        squares[group] = squares.get(group, 0) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+    return {f"{name}_{group}": jnp.sqrt(total) for group, total in squares.items()}
 
 
 def router_metrics(counts: jax.Array) -> Metrics:

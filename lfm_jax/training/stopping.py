@@ -6,7 +6,7 @@ import signal
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -26,13 +26,15 @@ class Stop:
     """Whether the run shall stop. Of several processes all stop at the same step, whichever was asked."""
 
     def __init__(self):
-        self.requested = False
+        self.requested, self._asked = False, 0
 
-    def reached(self, step: int) -> bool:
-        """To be asked once after each step, by every process: whether to save and leave now."""
+    def reached(self) -> bool:
+        """To be asked equally often by every process, after each step: whether to save and leave now."""
         if jax.process_count() == 1:
             return self.requested
-        return multihost_utils.reached_preemption_sync_point(step)
+        # What they agree on is one more than any has told: not the step, which may go back by as much as thousands.
+        self._asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._asked)
 
 
 @contextlib.contextmanager
@@ -45,12 +47,15 @@ def stop_requests() -> Iterator[Stop]:
     stop, before, ended = Stop(), {}, threading.Event()
     alone = jax.process_count() == 1
 
-    def request(number, frame):
-        signal.signal(number, before[number])
+    def ask() -> None:
         if alone:
             stop.requested = True
         else:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def request(number, frame):
+        signal.signal(number, before[number])
+        ask()
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
@@ -58,7 +63,7 @@ def stop_requests() -> Iterator[Stop]:
     except ValueError:  # not the main thread, which alone may set handlers: whoever runs it there stops it
         pass
     if on_google_cloud():
-        threading.Thread(target=_await_notice, args=(ended,), name="machine notices", daemon=True).start()
+        threading.Thread(target=_await_notice, args=(ended, ask), name="machine notices", daemon=True).start()
     try:
         yield stop
     finally:
@@ -74,11 +79,11 @@ def on_google_cloud() -> bool:
     return _METADATA_HOST in os.environ or cloud_tpu_init.running_in_cloud_tpu_vm
 
 
-def _await_notice(ended: threading.Event) -> None:
-    """Asks the metadata server now and then; a notice becomes a SIGTERM of this process's own."""
+def _await_notice(ended: threading.Event, ask: Callable[[], None]) -> None:
+    """Asks the metadata server now and then; a notice is a request to stop."""
     while not ended.is_set():
         if notice() is not None:
-            os.kill(os.getpid(), signal.SIGTERM)
+            ask()
             return
         ended.wait(_SECONDS_BETWEEN_LOOKS)
 

@@ -27,9 +27,10 @@ class TroubleConfig:
     non_finite, spike: "stop" ends the run; "report" tells it; "skip" leaves the update of that step out; "roll_back" goes back to
       a checkpoint and on from there without the batches that led to it (PaLM, Chowdhery et al. 2022, section 5.1).
     sigma: a spike is more than so many standard deviations above the mean of the last `window` steps, once there are as many (6
-      of 128: OLMo-core's SkipStepOptimizer).
+      of 128: OLMo-core, optim/skip_step_optimizer.py, which counts too low as a spike, too, begins with half a window, and lets a
+      NaN into it).
     back: the checkpoint must be of at least so many steps before. ahead: so many batches after the troubled one are left out too.
-    limit: the run ends when more steps than that are skipped within a window, or at one roll-back more than that.
+    limit: the run ends when more steps than that are skipped within a window, or at one roll-back more than that in all.
     replay: the gradient of a step that was left out is computed twice more and compared: a broken device may give two answers.
     """
 
@@ -75,18 +76,22 @@ class Watchman:
         self._config, self._folder = config, workdir / FOLDER
         self._file = workdir / FILE
         self._history: collections.deque[tuple[int, float, float]] = collections.deque(maxlen=config.window + 2)
-        self._troubled: collections.deque[int] = collections.deque()
+        self._skipped: list[int] = []
         self._batches: collections.deque[tuple[int, dict[str, np.ndarray]]] = collections.deque(maxlen=3)
-        self.roll_backs = 0
+        self._roll_backs = 0
+        self.left_out = 0
 
     def get_state(self) -> dict[str, Any]:
-        """For the checkpoint; JSON."""
-        return {"history": [list(entry) for entry in self._history], "troubled": list(self._troubled)}
+        """For the checkpoint; JSON. left_out: batches that roll-backs have left out, so that step n had batch n + left_out."""
+        history = [list(entry) for entry in self._history]
+        return {"history": history, "skipped": self._skipped, "roll_backs": self._roll_backs, "left_out": self.left_out}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes back to where `get_state` was called; an empty one is the beginning."""
+        """Goes back to where `get_state` was called, but for the number of roll-backs; an empty one is the beginning."""
         self._history = collections.deque(map(tuple, state.get("history", ())), maxlen=self._config.window + 2)
-        self._troubled = collections.deque(state.get("troubled", ()))
+        self._skipped = list(state.get("skipped", ()))
+        self._roll_backs = max(self._roll_backs, state.get("roll_backs", 0))
+        self.left_out = state.get("left_out", 0)
         self._batches.clear()
 
     def keep(self, step: int, batch: dict[str, np.ndarray]) -> None:
@@ -130,9 +135,6 @@ class Watchman:
             if not (math.isfinite(value) and value <= np.float32(bound))
         )
         self._write(step, seen, bounds, action)
-        self._troubled.append(step)
-        while self._troubled[0] <= step - self._config.window:
-            self._troubled.popleft()
         self._end_if_too_many(step, action, text)
         return Trouble(step, action, text)
 
@@ -141,12 +143,14 @@ class Watchman:
         if action == "stop":
             raise TrainingDiverged(f"{text}. {self._diagnosis()}")
         if action == "roll_back":
-            self.roll_backs += 1
-            if self.roll_backs > config.limit:
+            self._roll_backs += 1
+            if self._roll_backs > config.limit:
                 raise TrainingDiverged(f"{text}, after {config.limit} roll-backs. {self._diagnosis()}")
-        elif len(self._troubled) > config.limit and action == "skip":
-            steps = ", ".join(map(str, self._troubled))
-            raise TrainingDiverged(f"{text}; of the last {config.window} steps these were troubled: {steps}. {self._diagnosis()}")
+        if action == "skip":
+            self._skipped = [each for each in (*self._skipped, step) if each > step - config.window]
+            if len(self._skipped) > config.limit:
+                skipped = f"of the last {config.window} steps these were skipped: {', '.join(map(str, self._skipped))}"
+                raise TrainingDiverged(f"{text}; {skipped}. {self._diagnosis()}")
 
     def _diagnosis(self) -> str:
         recent = [entry[1:] for entry in self._history][-16:]
@@ -168,7 +172,7 @@ class Watchman:
                 np.savez_compressed(file, **batch)
         if jax.process_index() == 0:
             number = lambda value: value if math.isfinite(value) else str(value)
-            record = {"step": step, "time": round(time.time(), 3), "action": action}
+            record = {"step": step, "batch": step + self.left_out, "time": round(time.time(), 3), "action": action}
             record |= {name: number(value) for name, value in zip(_WATCHED, seen, strict=True)}
             record |= {f"usual_{name}": number(bound) for name, bound in zip(_WATCHED, bounds, strict=True)}
             with self._file.open("a") as file:

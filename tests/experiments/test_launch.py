@@ -16,12 +16,12 @@ from conftest import ROOT
 
 import run
 from experiments.launch import SCHEDULERS, LaunchConfig, render
-from experiments.launch.render import EXIT_INTERRUPTED, EXIT_MISTAKE
+from experiments.launch.render import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PEER
 from experiments.launch.settings import as_name, parse_topology, same_size
 from lfm_jax.configuration import ConfigError, from_mapping
-from lfm_jax.sharding import distributed
+from lfm_jax.sharding import distributed, peers
 from lfm_jax.sharding.flags import flags_for
-from lfm_jax.training import loop
+from lfm_jax.training import stopping
 
 SHELLCHECK = Path(sys.executable).parent / "shellcheck"
 IMAGE = "europe-docker.pkg.dev/project/images/lfm_jax:1"
@@ -169,14 +169,14 @@ def test_a_jobset_restarts_an_interruption_but_no_mistake():
     assert jobset_action(manifest, EXIT_INTERRUPTED) == "RestartJobSetAndIgnoreMaxRestarts"
     assert jobset_action(manifest, 137, disrupted=True) == "RestartJobSetAndIgnoreMaxRestarts"
     assert jobset_action(manifest, EXIT_MISTAKE) == "FailJobSet"
-    assert {jobset_action(manifest, code) for code in (1, 134, 137)} == {None}
+    assert {jobset_action(manifest, code) for code in (1, EXIT_PEER, 134, 137)} == {None}
     assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 7
     assert manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["backoffLimit"] == 0
 
 
 def test_skypilot_restarts_an_interruption_but_no_mistake():
     recovery = skypilot()["resources"]["job_recovery"]
-    assert recovery == {"recover_on_exit_codes": [EXIT_INTERRUPTED], "max_restarts_on_errors": 0}
+    assert recovery == {"recover_on_exit_codes": [EXIT_INTERRUPTED, EXIT_PEER], "max_restarts_on_errors": 0}
 
 
 def test_systemd_on_a_tpu_vm_restarts_an_interruption_but_no_mistake():
@@ -191,7 +191,8 @@ def test_systemd_on_a_tpu_vm_restarts_an_interruption_but_no_mistake():
 
 
 def test_the_exit_codes_are_those_of_a_run(monkeypatch, capsys):
-    assert EXIT_INTERRUPTED == loop.EXIT_INTERRUPTED == distributed.EXIT_AGAIN
+    assert EXIT_INTERRUPTED == stopping.EXIT_INTERRUPTED == distributed.EXIT_AGAIN
+    assert EXIT_PEER == peers.EXIT_PEER
     assert run.main(["--no_such_flag"]) == EXIT_MISTAKE
 
 
@@ -270,7 +271,7 @@ def test_xpk_gets_the_same():
     values = dict(given)
     assert shlex.split(values["command"]) == ["python", "run.py", *ARGUMENTS]
     assert (values["cluster"], values["tpu-type"], values["num-slices"]) == ("pod", "v5p-1024", "2")
-    assert values["restart-on-exit-codes"] == str(EXIT_INTERRUPTED)
+    assert values["restart-on-exit-codes"] == f"{EXIT_INTERRUPTED},{EXIT_PEER}"
     (other,) = files("gke", topology="v5p:4x8x16")
     assert "xpk" not in other  # to it, v5p-1024 is 8x8x8
 

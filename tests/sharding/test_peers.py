@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from lfm_jax.sharding import peers
-from lfm_jax.sharding.peers import EXIT_PEER, Watch, WatchConfig, judge
+from lfm_jax.sharding.peers import EXIT_PEER, Watch, WatchConfig, judge, slow
 
 CONFIG = WatchConfig(silent=60, data=20, step=30, save=40, compile=100)
 ANY_STEP = WatchConfig(silent=60, step=None)
@@ -19,7 +19,7 @@ ANY_STEP = WatchConfig(silent=60, step=None)
 def beat(phase="step", step=7, seconds=1.0, **changes):
     usual = {
         "number": 1, "host": "a-host", "pid": 4000, "born": "1", "phase": phase, "step": step, "seconds": seconds,
-        "state": "running", "error": "", "secondary": False, "code": EXIT_PEER, "own": {},
+        "state": "running", "error": "", "secondary": False, "code": EXIT_PEER, "data_seconds": 0.0,
     }  # fmt: skip
     return usual | changes
 
@@ -97,6 +97,23 @@ def test_a_failed_collective_that_nobody_else_explains_is_its_own():
 
 def test_those_that_have_left_are_not_missed():
     assert verdict(beat(), beat(state="left"), silence={1: 999}) is None
+
+
+def test_one_whose_data_takes_most_of_the_time_is_slow():
+    assert slow({0: 5.0, 1: 90.0}, {0: 5.5, 1: 99.0}, 10.0) == [(1, 0.9)]
+    assert slow({0: 5.0, 1: 90.0}, {0: 14.0, 1: 99.0}, 10.0) == []  # the source is slow for all
+    assert slow({0: 5.0, 1: 90.0}, {0: 5.5, 1: 94.0}, 10.0) == []
+    assert slow({0: 5.0}, {0: 14.0, 1: 99.0}, 10.0) == []
+
+
+def test_what_hosts_spend_on_data_is_told_since_the_last_time():
+    watch = Watch(WatchConfig(), count=3)
+    assert watch.data_seconds() == {}
+    for spent, most in (((1.0, 5.0, 2.0), 5.0), ((1.5, 5.0, 2.25), 0.5)):
+        watch._heard = {process: peers._Heard(beat(data_seconds=seconds), 0.0) for process, seconds in enumerate(spent)}
+        figures = watch.data_seconds()
+        assert figures["hosts/data_seconds_most"] == most
+    assert figures == {"hosts/data_seconds_most": 0.5, "hosts/data_seconds_median": 0.25, "hosts/slowest_process": 0}
 
 
 def test_of_many_only_some_are_named():

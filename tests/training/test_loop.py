@@ -12,7 +12,7 @@ import pytest
 from lfm_jax.models import Decoder, ModelConfig, functional
 from lfm_jax.sharding import MeshConfig, make_mesh
 from lfm_jax.training import LossConfig, OptimizerConfig, TrainConfig, make_optimizer, next_token_objective, train
-from lfm_jax.training.metrics import read_metrics
+from lfm_jax.training.metrics import is_of_the_machine, read_metrics
 from lfm_jax.training.stopping import Interrupted, stop_requests
 from lfm_jax.training.trouble import TrainingDiverged
 
@@ -21,7 +21,6 @@ MODEL = ModelConfig(
 )
 FUNCTIONS = functional(lambda rngs: Decoder(MODEL, rngs=rngs))
 CONFIG = TrainConfig(steps=12, log_every=1, evaluate_every=5, checkpoint_every=4)
-TIMES = ("time", "train/tokens_per_second")
 
 
 class Batches:
@@ -65,8 +64,7 @@ def run(workdir, batches=None, config=CONFIG, **changes):
 
 def records(workdir):
     """What was logged, without the times; every digit."""
-    timed = lambda name: name in TIMES or name.startswith("goodput/")
-    return [{name: value for name, value in record.items() if not timed(name)} for record in read_metrics(workdir)]
+    return [{name: value for name, value in record.items() if not is_of_the_machine(name)} for record in read_metrics(workdir)]
 
 
 def assert_same(ours, theirs):

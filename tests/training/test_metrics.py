@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from lfm_jax.training import metrics, trackers
-from lfm_jax.training.metrics import MetricsError, MetricsWriter, TrackerWarning, read_metrics
+from lfm_jax.training.metrics import MetricsError, MetricsWarning, MetricsWriter, TrackerWarning, read_metrics
 from lfm_jax.training.trackers import check_trackers, open_tracker
 
 
@@ -69,6 +69,14 @@ def test_a_writer_goes_on_after_its_step_and_drops_what_comes_again(tmp_path):
     write(tmp_path, 0, [1, 2, 3, 4])
     write(tmp_path, 2, [3, 4, 5])
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_damaged_line_is_told_of_and_costs_no_other(tmp_path):
+    """As a file system leaves it that lost some bytes in the middle; what comes after is read, and the run goes on."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2}\n{"step": 2, "tra{"step": 3}\n[]\n{"step": 4}\n')
+    with pytest.warns(MetricsWarning, match=r"metrics.jsonl:2 is damaged and left out") as told:
+        assert [record["step"] for record in read_metrics(tmp_path)] == [1, 4]
+    assert len(told) == 2
 
 
 def test_half_a_line_is_no_record_and_nothing_is_glued_to_it(tmp_path):

@@ -115,7 +115,8 @@ def test_metrics_are_float32_scalars_and_few():
         state, metrics = step(state, place_batch(_batch(), mesh))
         rates.append(float(metrics["learning_rate"]))
     assert rates == pytest.approx([0.05, 0.1])
-    assert set(metrics) == {"loss", "noise", "tokens", "gradient_norm", "learning_rate"}
+    by_group = {f"{name}_norm_{group}" for name in ("gradient", "update") for group in ("feed_forward", "norms")}
+    assert set(metrics) == {"loss", "noise", "tokens", "gradient_norm", "learning_rate", *by_group}
     assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
 
 

@@ -12,35 +12,38 @@ from etils import epath
 
 from experiments.benchmarks.faults import processes, victim
 from experiments.results import write_results
-from lfm_jax.training.metrics import read_metrics
+from lfm_jax.sharding.peers import EXIT_PEER
+from lfm_jax.training.metrics import is_of_the_machine, read_metrics
 from lfm_jax.training.progress import LoopProgress
+from lfm_jax.training.stopping import EXIT_INTERRUPTED
 
 # What the codes of (the process at fault, the other) may be, and a word that the log of the other, or the next run's, has.
-_KILLED, _FAILED, _AGAIN, _PEER, _ABORTED = -9, 1, 75, 76, -6
+_KILLED, _FAILED, _AGAIN, _PEER = -9, 1, EXIT_INTERRUPTED, EXIT_PEER
 _EXPECTED: dict[str, tuple[set[int], set[int], str]] = {
     "kill": ({_KILLED}, {_PEER}, "process"),
     "freeze": ({_KILLED, _PEER}, {_PEER}, "process"),
     "sigterm": ({_AGAIN}, {_AGAIN}, "stopped after step"),
     "sigint": ({_AGAIN}, {_AGAIN}, "stopped after step"),
     "stuck": ({_PEER}, {_PEER}, "process"),
-    "raise": ({_FAILED}, {_PEER}, "the server of the data went away"),
+    "raise": ({_FAILED}, {_FAILED}, "the server of the data went away"),
     "slow data": ({_AGAIN}, {_AGAIN}, "stopped after step"),
-    "disk full": ({_FAILED}, {_PEER, _FAILED}, "No space left on device"),
-    "permission lost": ({_FAILED}, {_PEER, _FAILED}, "Permission denied"),
+    "disk full": ({_FAILED}, {_FAILED}, "No space left on device"),
+    "permission lost": ({_FAILED}, {_FAILED}, "Permission denied"),
     "kill before commit": ({_KILLED}, {_PEER}, "process"),
     "stuck in commit": ({_PEER}, {_PEER}, "process"),
     "torn write": ({_KILLED}, {_PEER}, "is damaged and not used"),
     "lost write": ({_KILLED}, {_PEER}, "is damaged and not used"),
     "flipped bit on disk": ({_KILLED}, {_PEER}, "is damaged and not used"),
     "truncated file": ({_KILLED}, {_PEER}, "is damaged and not used"),
-    "flipped bit in memory": ({_FAILED, _PEER}, {_FAILED, _PEER}, "devices that should hold the same do not"),
+    "flipped bit in memory": ({_FAILED}, {_FAILED}, "devices that should hold the same do not"),
     "torn metrics": ({_KILLED}, {_PEER}, "process"),
-    "file too large": ({_FAILED}, {_PEER, _FAILED}, "File too large"),
-    "corrupted shard": ({_FAILED, 2, _PEER}, {_FAILED, 2, _PEER}, "train-"),
+    "file too large": ({_FAILED}, {_FAILED}, "File too large"),
+    "corrupted shard": ({_FAILED, 2}, {_FAILED, 2}, ".array_record"),
 }
+# Of what only process 0 does.
+_OF_THE_FIRST = ("file too large", "torn metrics")
 # Found by the run that comes after.
 _LATER = tuple(victim.AFTER_COMMIT)
-_TIMES = ("time", "train/tokens_per_second", "train/model_flops_utilization")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,8 +91,7 @@ def main(config: Config, workdir: epath.Path) -> None:
         raise RuntimeError(f"the run without a fault ended with {calm.codes}: {calm.logs[0][-3000:]}")
     rows = _strike(config, folder)
     last = _run(config, folder, "hurt", _fault("none", 0, -1, 0, config))
-    if rows and rows[-1]["kind"] in _LATER:
-        rows[-1]["told"] = _EXPECTED[rows[-1]["kind"]][2] in "".join(last.logs)
+    _look_back(rows, last)
     differences = [] if not any(last.codes) else [f"the last run ended with {last.codes}"]
     differences += differences_between(folder / "calm", folder / "hurt")
     write_results(
@@ -108,29 +110,34 @@ def _strike(config: Config, folder: Path) -> list[dict[str, Any]]:
     """One fault after the other, and what became of each."""
     record = folder / "faults.jsonl"
     rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-    with LoopProgress("faults", config.faults, len(rows)) as progress, record.open("a") as file:
+    with LoopProgress("faults", config.faults, len(rows)) as progress:
         for index, kind in enumerate(config.plan()[len(rows) :], start=len(rows)):
             chosen = random.Random(f"{config.seed} {index}")
             at_commit = kind in victim.IN_COMMIT or kind in victim.AFTER_COMMIT
-            process = 0 if at_commit or kind == "file too large" else chosen.randrange(processes.COUNT)
+            process = 0 if at_commit or kind in _OF_THE_FIRST else chosen.randrange(processes.COUNT)
             newest = max(_steps(folder / "hurt"), default=0)
             step = newest + 1 + chosen.randrange(2 * config.checkpoint_every - 1)
             with _corrupted(folder / "hurt", kind, chosen):
                 ended = _run(config, folder, "hurt", _fault(kind, process, step, chosen.randrange(1 << 30), config))
             after = max(_steps(folder / "hurt"), default=0)
-            if rows and rows[-1]["kind"] in _LATER:
-                rows[-1]["told"] |= _EXPECTED[rows[-1]["kind"]][2] in "".join(ended.logs)
+            _look_back(rows, ended)
             guilty, others, word = _EXPECTED[kind]
             rows.append({
                 "kind": kind, "process": process, "step": step, "codes": ended.codes, "seconds": ended.seconds,
                 "overdue": ended.overdue, "newest_before": newest, "newest_after": after,
                 "expected_codes": ended.codes[process] in guilty and ended.codes[1 - process] in others,
-                "told": _names(ended.logs, kind, process, word),
+                "told": kind not in _LATER and _names(ended.logs, kind, process, word),
             })  # fmt: skip
-            file.write(json.dumps(rows[-1]) + "\n")
-            file.flush()
+            record.write_text("".join(json.dumps(row) + "\n" for row in rows))
             progress.update(index + 1, f"{kind} on {process} at {step}: {ended.codes}, {ended.seconds or 0:.1f} s")
     return rows
+
+
+def _look_back(rows: list[dict[str, Any]], ended: processes.Ended) -> None:
+    """What was done to the newest checkpoint, the next run tells."""
+    if rows and rows[-1]["kind"] in _LATER:
+        word = f"{rows[-1]['newest_after']:08d} {_EXPECTED[rows[-1]['kind']][2]}"
+        rows[-1]["told"] = any(word in log for log in ended.logs)
 
 
 def _names(logs: list[str], kind: str, process: int, word: str) -> bool:
@@ -197,9 +204,8 @@ def differences_between(one: Path, other: Path) -> list[str]:
     calm, hurt = (json.loads(last(run).read_text()) for run in (one, other))
     parts = ("step", "leaves", "data_state", "loop_state")
     found = [f"{part} of the last checkpoint" for part in parts if calm[part] != hurt[part]]
-    timed = lambda name: name in _TIMES or name.startswith("goodput/")
-    timeless = lambda record: {name: value for name, value in record.items() if not timed(name)}
-    records = [[timeless(record) for record in read_metrics(run)] for run in (one, other)]
+    comparable = lambda record: {name: value for name, value in record.items() if not is_of_the_machine(name)}
+    records = [[comparable(record) for record in read_metrics(run)] for run in (one, other)]
     if len(records[0]) != len(records[1]):
         found.append(f"{len(records[0])} records of metrics in place of {len(records[1])}")
     found += [f"metrics of step {a['step']}" for a, b in zip(*records, strict=False) if a != b][:5]
