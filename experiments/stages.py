@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from data_pipelines import Tokenizer, load_tokenizer
 from experiments.results import write_json
 from lfm_jax.configuration import ConfigError, from_mapping, mistakes_in, to_mapping
-from lfm_jax.interop import import_folder, read_config
+from lfm_jax.interop import import_folder, is_model_folder, read_config
 from lfm_jax.models import ComputeConfig, Decoder, FunctionalModel, ModelConfig, functional
 from lfm_jax.models.functional import Tree
 from lfm_jax.sharding import MeshConfig, make_mesh, parameter_sharding
@@ -86,7 +86,7 @@ def load_stage(path: str, compute: ComputeConfig, mesh: Mesh) -> Stage:
     with mistakes_in("init_from"):
         if (folder / MODEL).exists():
             return _load_workdir(folder, compute, mesh)
-        if (folder / "config.json").exists() and "model_type" in json.loads((folder / "config.json").read_text()):
+        if is_model_folder(folder):
             return _load_huggingface(folder, compute, mesh)
     raise ConfigError(
         f"{path}: no model is there. Expected the workdir of a run ({MODEL} and {CHECKPOINTS}/) or a Hugging Face "
@@ -105,7 +105,8 @@ def _load_huggingface(folder: epath.Path, compute: ComputeConfig, mesh: Mesh) ->
         return jax.device_put(array, parameter_sharding(mesh, axes, array.shape))
 
     model = import_folder(folder, place=place)
-    return Stage(config, functions, model.params, model.buffers, load_tokenizer(folder), folder, None)
+    tokenizer = load_tokenizer(folder)
+    return Stage(fit_vocabulary(config, tokenizer), functions, model.params, model.buffers, tokenizer, folder, None)
 
 
 def _load_workdir(folder: epath.Path, compute: ComputeConfig, mesh: Mesh) -> Stage:

@@ -5,14 +5,19 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import sys
 import types
 import typing
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
 
 _MISSING = dataclasses.MISSING
+# Of a value on the command line. Python's parser needs 100 times as much memory as the text, and its stack for each parenthesis.
+_MOST_CHARACTERS = 1 << 16
+_MOST_SHOWN = 500
 REQUIRED = "(required)"
 
 
@@ -165,7 +170,7 @@ def _build_dataclass(cls: type, mapping: Any, path: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for name in mapping:
         if name not in fields:
-            raise ConfigError(f"{_join(path, name)}: no such field. {nearest(name, fields)}")
+            raise ConfigError(f"{_join(path, name)}: no such field. {nearest(str(name), fields)}")
     hints = _own_types(cls)
     absent = [leaf for name in _required(cls) if name not in mapping for leaf in _leaves(hints[name], _join(path, name))]
     if absent:
@@ -217,7 +222,9 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         return _build_tuple(get_args(kind), value, path)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, path)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if type(value) in (int, float) and not abs(value) <= sys.float_info.max:
+        raise ConfigError(f"{path}: expected a number below 1.8e308, got {_shown(value)}.")
+    if kind is float and type(value) is int:
         return float(value)
     if kind is type(None) and value is None or isinstance(kind, type) and type(value) is kind:
         return value
@@ -244,7 +251,8 @@ def _build_literal(choices: Sequence[Any], value: Any, path: str) -> Any:
     for choice in choices:
         if type(choice) is type(value) and choice == value:
             return choice
-    raise ConfigError(f"{path}: {value!r} is not a valid choice. {nearest(str(value), map(str, choices))}")
+    given = value if isinstance(value, str) else _shown(value)
+    raise ConfigError(f"{path}: {_shown(value)} is not a valid choice. {nearest(given, map(str, choices))}")
 
 
 def _build_tuple(members: Sequence[Any], value: Any, path: str) -> tuple:
@@ -253,7 +261,7 @@ def _build_tuple(members: Sequence[Any], value: Any, path: str) -> tuple:
     if len(members) == 2 and members[1] is Ellipsis:
         members = (members[0],) * len(value)
     if len(members) != len(value):
-        raise ConfigError(f"{path}: expected {len(members)} values, got {len(value)}: {value!r}.")
+        raise ConfigError(f"{path}: expected {len(members)} values, got {len(value)}: {_shown(value)}.")
     return tuple(_build(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(members, value, strict=True)))
 
 
@@ -263,10 +271,11 @@ def _parse(kind: Any, text: str, path: str) -> Any:
     Where a sequence is wanted, one value alone is one of one.
     """
     readings: list[Any] = []
-    try:
+    if len(text) > _MOST_CHARACTERS:
+        raise ConfigError(f"{path}: a value of {len(text)} characters; at most {_MOST_CHARACTERS} are read.")
+    with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python, about texts that were not meant to be Python
         readings.append(ast.literal_eval(text))
-    except (ValueError, SyntaxError):
-        pass
     readings += [{"true": True, "false": False}.get(text.lower(), text), text, text.split(","), readings[:1]]
     for reading in readings:
         try:
@@ -295,4 +304,13 @@ def _describe(kind: Any) -> str:
 
 def _wrong_type(path: str, kind: Any, value: Any) -> str:
     where = f"{path}: " if path else ""
-    return f"{where}expected {_describe(kind)}, got {value!r} ({type(value).__name__})."
+    return f"{where}expected {_describe(kind)}, got {_shown(value)} ({type(value).__name__})."
+
+
+def _shown(value: Any) -> str:
+    """A value in a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no integer of more than 4,300 digits
+        return "a value that is too long to show"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

@@ -28,6 +28,10 @@ MAY_IMPORT = {
 PACKAGES = ("lfm_jax", "data_pipelines", "experiments")
 FORBIDDEN_PACKAGES = {"tensorflow", "clu", "ray"}
 HEAVY_PACKAGES = {"tensorflow", "torch", "transformers", "tokamax", "matplotlib", "tensorboardX"}
+# What reads a file by running it. `re.compile` and the like are methods, and other things.
+UNSAFE_PACKAGES = {"cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "pickle", "shelve"}
+UNSAFE_BUILTINS = {"eval", "exec", "compile", "__import__"}
+UNSAFE_METHODS = {("torch", "load"), ("yaml", "load"), ("yaml", "full_load"), ("yaml", "unsafe_load")}
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60  # without its docstring
 # Kernels that read better in one piece: "path:function".
@@ -90,6 +94,50 @@ def test_imports_run_one_way():
 
 def test_nothing_imports_tensorflow_or_what_brings_it():
     assert not [(name(path), package) for path in SOURCES for package in imported(path) & FORBIDDEN_PACKAGES]
+
+
+def unsafe(module: ast.Module) -> list[str]:
+    """What in it could run code that a file brings along."""
+    found = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            found.append("trust_remote_code")
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        if isinstance(called, ast.Name) and called.id in UNSAFE_BUILTINS:
+            found.append(called.id)
+        if isinstance(called, ast.Attribute):
+            owner = getattr(called.value, "id", None)
+            given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+            unpickling = owner in ("np", "numpy") and called.attr == "load" and given.get("allow_pickle") is not False
+            if (owner, called.attr) in UNSAFE_METHODS or called.attr == "read_pickle" or unpickling:
+                found.append(f"{owner}.{called.attr}")
+    return found
+
+
+def test_no_file_is_run():
+    """Nothing that is read is unpickled or evaluated, and no library is told that it may."""
+    sources = [path for path in SOURCES if name(path).partition("/")[0] in (*PACKAGES, "run.py")]
+    assert not [(name(path), found) for path in sources for found in unsafe(tree(path))]
+    assert not [(name(path), package) for path in sources for package in imported(path) & UNSAFE_PACKAGES]
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("eval(text)", ["eval"]),
+        ("exec(compile(text, 'a', 'exec'))", ["exec", "compile"]),
+        ("torch.load(file, weights_only=True)", ["torch.load"]),
+        ("yaml.load(text, Loader)", ["yaml.load"]),
+        ("np.load(file)", ["np.load"]),
+        ("numpy.load(file, allow_pickle=True)", ["numpy.load"]),
+        ("AutoModel.from_pretrained(name, trust_remote_code=False)", ["trust_remote_code"]),
+        ("np.load(file, mmap_mode='r', allow_pickle=False); re.compile('a'); json.load(file); yaml.safe_load(text)", []),
+    ],
+)
+def test_what_runs_a_file_is_found(code, found):
+    assert unsafe(ast.parse(code)) == found
 
 
 def test_files_are_read_in_one_sitting():

@@ -144,7 +144,7 @@ def _pack_file(job: tuple[TokenShards, int, int, float, epath.Path]) -> dict[str
         np.save(content, flat.astype("<u4"))
         _write_whole(path, content.getvalue())
     content = path.read_bytes()
-    packing = _from_flat(np.load(io.BytesIO(content)), seq_len)
+    packing = _from_flat(np.load(io.BytesIO(content), allow_pickle=False), seq_len)
     positions = int(packing.lengths.sum(dtype=np.int64))
     return {"rows": len(packing), "positions": positions, "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -156,7 +156,8 @@ def _read_packing(path: epath.Path, sha256: str, seq_len: int) -> Packing:
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path} has changed since it was written (SHA-256); delete the folder to make its rows again")
-    flat = np.load(io.BytesIO(content)) if is_remote(path) else np.load(os.fspath(path), mmap_mode="r")
+    file, mode = (io.BytesIO(content), None) if is_remote(path) else (os.fspath(path), "r")
+    flat = np.load(file, mmap_mode=mode, allow_pickle=False)
     return _from_flat(flat, seq_len)
 
 

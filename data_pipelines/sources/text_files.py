@@ -136,6 +136,8 @@ def _read_lines(path: epath.Path, limit: int, wanted: Callable[[int], bool] | No
     with path.open("rb") as raw:
         file = _decompress(raw, path.name)
         try:
+            if file is not raw and path.stat().length == 0:
+                raise EOFError("no byte is there")  # the readers take it for a text without lines
             while line := file.readline(limit + 1):
                 number += 1
                 blank = not line.strip()
@@ -168,7 +170,7 @@ class _ZstdReader(io.RawIOBase):
     def __init__(self, raw: BinaryIO):
         self._raw = raw
         self._frame = None
-        self._ready = b""
+        self._ready = memoryview(b"")  # of which a part costs no copy: of 4 KB there may come 128 MB
 
     def readable(self) -> bool:
         """Always."""
@@ -184,7 +186,7 @@ class _ZstdReader(io.RawIOBase):
                 self._frame = zstandard.ZstdDecompressor().decompressobj()
             elif not (compressed := self._raw.read(_ZSTD_READ_BYTES)):
                 raise EOFError("a zstandard frame does not end")
-            self._ready = self._frame.decompress(compressed)
+            self._ready = memoryview(self._frame.decompress(compressed))
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count

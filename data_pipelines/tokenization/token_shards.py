@@ -4,7 +4,9 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +22,11 @@ FORMAT = 2
 _OPEN_FILES = 64
 # As array_record's own data source opens files: nothing is read ahead of what is asked for.
 _READER_OPTIONS = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}
+# An index of a million files is larger. JSON takes up to 24 times its bytes as objects of Python.
+_MOST_INDEX_BYTES = 1 << 26
+_DTYPES = ("<u2", "<u4")
+_FILE = re.compile(r"tokens-[0-9]{5,9}-[0-9]{3,9}\.array_record")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _REMAKE = "delete the folder and tokenize again"
 
 
@@ -167,17 +174,49 @@ def sha256_of(path: epath.Path) -> str:
 def _read_index(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: no tokenized text is there, or a part of one; {_REMAKE}")
+    size = path.stat().length
+    if size > _MOST_INDEX_BYTES:
+        raise ValueError(f"{path} has {size} bytes, more than {_MOST_INDEX_BYTES}: it is damaged; {_REMAKE}")
     try:
-        index = json.loads(path.read_text())
-    except ValueError as error:
+        index = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); {_REMAKE}") from error
+    if not isinstance(index, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object, got {type(index).__name__}; {_REMAKE}")
     if index.get("format") != FORMAT:
-        raise ValueError(f"{path} is of format {index.get('format')!r}, this version reads {FORMAT}; {_REMAKE}")
+        raise ValueError(f"{path} is of format {index.get('format')!r:.100}, this version reads {FORMAT}; {_REMAKE}")
+    wrong = _wrong_field(index)
+    if wrong:
+        raise ValueError(f"{path} is damaged: {wrong} is missing or no sound value; {_REMAKE}")
     for count in ("documents", "tokens"):
         total = sum(entry[count] for entry in index["shards"])
         if total != index[count]:
             raise ValueError(f"{path} is damaged: it gives {index[count]} {count}, its files have {total}; {_REMAKE}")
     return index
+
+
+def _wrong_field(index: dict[str, Any]) -> str | None:
+    """The first field of an index that is not what it must be, of those that are read; None: all are."""
+    is_count = lambda value: type(value) is int and 0 <= value < 1 << 63
+    is_number = lambda value: value is None or type(value) in (int, float) and math.isfinite(value)
+    is_text = lambda pattern: lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
+    counts = dict.fromkeys(("documents", "tokens"), is_count)
+    entry = counts | {"bytes": is_count, "difficulty": is_number, "file": is_text(_FILE)}
+    entry |= dict.fromkeys(("sha256", "lengths_sha256"), is_text(_DIGEST))
+    parts = [
+        ("", index, counts | {"text_bytes": is_count, "dtype": _DTYPES.__contains__}),
+        ("tokenizer.", index.get("tokenizer"), {"vocab_size": is_count, "fingerprint": is_text(re.compile(".+"))}),
+        ("records.", index.get("records"), {"bad": lambda bad: isinstance(bad, dict) and all(map(is_count, bad.values()))}),
+    ]
+    shards = index.get("shards")
+    if not isinstance(shards, list):
+        return "shards"
+    parts += [(f"shards[{number}].", shard, entry) for number, shard in enumerate(shards)]
+    for where, part, fields in parts:
+        for name, is_sound in fields.items():
+            if not (isinstance(part, dict) and name in part and is_sound(part[name])):
+                return where + name
+    return "shards: a file that is there twice" if len({shard["file"] for shard in shards}) < len(shards) else None
 
 
 def _fingerprint(index: dict[str, Any]) -> str:
@@ -214,6 +253,12 @@ def _open_lengths(folder: epath.Path, entries: list[dict[str, Any]], shard: int)
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != entry["lengths_sha256"]:
         raise ValueError(f"{path} has changed since it was written (SHA-256); {_REMAKE}")
-    lengths = np.load(io.BytesIO(content), allow_pickle=False).astype(np.int64)
+    try:
+        lengths = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, MemoryError) as error:  # the digest is right, so it was written like this
+        raise ValueError(f"{path} holds no lengths ({error}); {_REMAKE}") from error
+    if lengths.dtype != "<u4" or lengths.shape != (entry["documents"],):
+        raise ValueError(f"{path} has {lengths.dtype} of shape {lengths.shape}, not uint32 of {entry['documents']}; {_REMAKE}")
+    lengths = lengths.astype(np.int64)
     lengths.setflags(write=False)
     return lengths

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import heapq
 import io
-import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ import tokenizers
 from etils import epath
 
 from data_pipelines.sources.documents import Document
-from lfm_jax.interop.tokenizer_json import tokenizer_json_size
+from lfm_jax.interop.tokenizer_json import check_pieces, read_tokenizer_json
 
 MODEL_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
@@ -107,9 +106,10 @@ class SentencePieceTokenizer(Tokenizer):
         """content: of the model's file; name: of the file, for messages. Raises ValueError if it cannot be used."""
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # the second: of a message that quotes what is no text
             raise ValueError(f"{name} is no SentencePiece model: {error}") from error
         self.vocab_size = self._processor.get_piece_size()
+        check_pieces(self._processor, name)
         self.bos_id, self.eos_id, self.pad_id = (
             self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id()
         )  # fmt: skip
@@ -140,20 +140,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, content: bytes, name: str):
         """content: of tokenizer.json; name: of the file, for messages. Raises ValueError if it cannot be used."""
-        try:
-            description = json.loads(content)
-        except ValueError as error:
-            raise ValueError(f"{name} is no JSON: {error}") from error
-        self.vocab_size = tokenizer_json_size(description)
-        if self.vocab_size > _MOST_IDS:
-            raise ValueError(f"{name} has the id {self.vocab_size - 1}; no model has more than {_MOST_IDS} ids, so it is damaged")
-        ids = list(description["model"]["vocab"].values())
-        if len(set(ids)) < len(ids):
-            raise ValueError(f"{name} gives {len(ids) - len(set(ids))} of its ids to two tokens, so text would not survive")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the package raises no narrower class
-            raise ValueError(f"{name} cannot be used by tokenizers {tokenizers.__version__}: {error}") from error
+        self.vocab_size = read_tokenizer_json(content, name)
+        self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True

@@ -1,6 +1,5 @@
 """Checkpoints in Hugging Face folders: export and import, a tensor at a time and without PyTorch."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -11,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from lfm_jax.interop.export_manifest import MANIFEST, check_manifest, write_manifest
 from lfm_jax.interop.huggingface_config import GenerationSettings, from_config_json, to_config_json, to_generation_json
 from lfm_jax.interop.huggingface_weights import Path, Weight, weight_table
 from lfm_jax.interop.safetensors_io import StoredTensor, TensorSpec, read_header, write_safetensors
@@ -23,7 +23,8 @@ Place = Callable[[Path, np.ndarray], Any]
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_MANIFEST = "manifest.json"
+# Of JSON, which takes up to 24 times its bytes as objects of Python; the index of a model of a million tensors is larger.
+_MOST_JSON_BYTES = 1 << 26
 
 
 class ImportedModel(NamedTuple):
@@ -47,7 +48,7 @@ def export_folder(
 ) -> epath.Path:
     """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load: config, weights, tokenizer, generation settings.
 
-    The folder appears under its name only once it is complete, with the SHA-256 of every file in manifest.json. Of the
+    The folder appears under its name only once it is complete, with the SHA-256 of every file in MANIFEST.sha256. Of the
     parameters, which are left as they are, one at a time is copied.
 
     Args:
@@ -66,8 +67,8 @@ def export_folder(
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     generation = generation or GenerationSettings()
     folder = epath.Path(folder)
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / _MANIFEST).exists())):
-        raise ValueError(f"{folder} is there and is no earlier export (it has no {_MANIFEST}); choose another folder")
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / MANIFEST).exists())):
+        raise ValueError(f"{folder} is there and is no earlier export (it has no {MANIFEST}); choose another folder")
     table = weight_table(config)
     _check_parameters(table, params, buffers)
     partial = folder.parent / f".{folder.name}.partial"
@@ -80,12 +81,21 @@ def export_folder(
     _write_json(partial / "config.json", to_config_json(config, generation, dtype))
     _write_json(partial / "generation_config.json", to_generation_json(config, generation))
     digests = _write_weights(table, params, buffers, partial, _DTYPES[dtype], max_shard_bytes)
-    others = {file.name: _sha256(file) for file in partial.iterdir() if file.name not in digests}
-    _write_json(partial / _MANIFEST, {"sha256": dict(sorted((digests | others).items()))})
+    write_manifest(partial, digests)
     if folder.exists():
         folder.rmtree()
     partial.rename(folder)
     return folder
+
+
+def is_model_folder(folder: epath.PathLike) -> bool:
+    """Whether there is a config.json that names a model_type: that of a Hugging Face folder, and not of a run.
+
+    Raises:
+      ValueError: config.json cannot be read.
+    """
+    path = epath.Path(folder) / "config.json"
+    return path.exists() and "model_type" in _read_json(path)
 
 
 def read_config(folder: epath.PathLike) -> ModelConfig:
@@ -98,20 +108,23 @@ def read_config(folder: epath.PathLike) -> ModelConfig:
     folder = epath.Path(folder)
     content = _read_json(folder / "config.json")
     if content.get("tokenizer_vocab_size") is None and (folder / "tokenizer.json").exists():
-        size = tokenizer_json_size(_read_json(folder / "tokenizer.json"))
+        size = tokenizer_json_size(_read_json(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
         vocab = content.get("vocab_size")
         if isinstance(vocab, int) and size > vocab:
             raise ValueError(f"{folder}: tokenizer.json knows {size} ids, but config.json has vocab_size {vocab}")
         content["tokenizer_vocab_size"] = size
-    return from_config_json(content)
+    try:
+        return from_config_json(content)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def import_folder(folder: epath.PathLike, *, place: Place | None = None) -> ImportedModel:
     """Reads a Hugging Face folder of an LFM2, LFM2-MoE or LFM3 model as float32 parameters.
 
     Args:
-      folder: config.json beside model.safetensors, or shards with their index. Every file is checked against manifest.json where
-        there is one.
+      folder: config.json beside model.safetensors, or shards with their index. Every file is checked against
+        MANIFEST.sha256 where there is one.
       place: (path of a parameter, host array) -> the leaf to keep, called once for each as it is read; e.g. a `jax.device_put`
         with the parameter's sharding, so that no more than one of them is whole on the host. None: the default device.
     Raises:
@@ -121,10 +134,12 @@ def import_folder(folder: epath.PathLike, *, place: Place | None = None) -> Impo
     """
     folder = epath.Path(folder)
     place = place or (lambda _, array: jnp.asarray(array))
+    check_manifest(folder)
     config = read_config(folder)
-    _check_manifest(folder)
+    tensors = _stored_tensors(folder)
+    _check_count(config, len(tensors), folder)
     table = weight_table(config)
-    stored = _match(table, _stored_tensors(folder), config, folder)
+    stored = _match(table, tensors, config, folder)
     params, buffers = {}, {}
     for path, weights in _grouped(table):
         array = _assemble(weights, stored)
@@ -232,7 +247,7 @@ def _stored_tensors(folder: epath.Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name in sorted(set(weight_map.values())):
         first = min(tensor for tensor, file in weight_map.items() if file == name)
-        if "/" in name or not (folder / name).exists():
+        if "/" in name or "\0" in name or not (folder / name).exists():
             raise FileNotFoundError(f"{folder}: shard {name!r} is missing, which should hold {first}; fetch the folder again")
         for tensor in read_header(folder / name):
             if weight_map.get(tensor.spec.name) != name:
@@ -242,6 +257,14 @@ def _stored_tensors(folder: epath.Path) -> dict[str, StoredTensor]:
     if absent:
         raise ValueError(f"{folder}: tensor {absent[0]!r} is not in {weight_map[absent[0]]}, where {_INDEX} has it")
     return tensors
+
+
+def _check_count(config: ModelConfig, count: int, folder: epath.Path) -> None:
+    """Refuses a config that is far from what is stored before anything is built by it: each layer, and expert, has tensors."""
+    layers = config.num_layers
+    experts = config.moe.num_experts * sum(map(config.is_moe_layer, range(layers))) if config.moe else 0
+    if layers + experts > count:
+        raise ValueError(f"{folder}: config.json has {layers} layers and {experts} experts, but only {count} tensors are there")
 
 
 def _match(
@@ -277,22 +300,6 @@ def _assemble(weights: list[Weight], stored: dict[str, StoredTensor]) -> np.ndar
     return array
 
 
-def _check_manifest(folder: epath.Path) -> None:
-    if not (folder / _MANIFEST).exists():
-        return
-    for name, expected in _read_json(folder / _MANIFEST).get("sha256", {}).items():
-        file = folder / name
-        if not file.exists():
-            raise FileNotFoundError(f"{folder}: {name} is missing, which {_MANIFEST} lists; export or fetch the folder again")
-        if _sha256(file) != expected:
-            raise ValueError(f"{folder}: {name} is not the file that was exported; if that is meant, remove {_MANIFEST}")
-
-
-def _sha256(file: epath.Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _write_json(file: epath.Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -300,9 +307,12 @@ def _write_json(file: epath.Path, content: Mapping[str, Any]) -> None:
 def _read_json(file: epath.Path) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing; is {file.parent} the folder of a Hugging Face model?")
+    size = file.stat().length
+    if size > _MOST_JSON_BYTES:
+        raise ValueError(f"{file} has {size} bytes, more than {_MOST_JSON_BYTES}: it is damaged or hostile")
     try:
-        content = json.loads(file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")

@@ -5,6 +5,7 @@ transformers reads wins, so that a folder means the same here and there.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -27,6 +28,9 @@ _FIXED = {
     "use_pos_enc": (True,),
 }
 _REQUIRED = object()
+# Three times as many as any LFM has. The model is built, abstractly, before it can be compared with the weights: 10 s for 128.
+_MOST_LAYERS = 128
+_MOST_INTEGER = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,10 +189,12 @@ class _Fields:
             value = self.content.get(name)
             if value is None:
                 continue
+            if type(value) is int and abs(value) > _MOST_INTEGER or type(value) is float and not math.isfinite(value):
+                raise ValueError(f"config.json: {name} is {value!r:.40}, which is no size or setting of a model")
             if kind is float and type(value) is int:
                 value = float(value)
             if type(value) is not kind:
-                raise ValueError(f"config.json: {name} is {value!r}, expected {kind.__name__}")
+                raise ValueError(f"config.json: {name} is {value!r:.200}, expected {kind.__name__}")
             return value
         if default is _REQUIRED:
             many = f"none of {', '.join(names)}; one of them must be there"
@@ -214,6 +220,8 @@ def from_config_json(content: Mapping[str, Any]) -> ModelConfig:
     for name in ("block_dim", "conv_dim", "conv_dim_out"):
         if fields.get(int, name, default=embed) != embed:
             raise ValueError(f"config.json: {name} is {content[name]} but hidden_size is {embed}; they must be equal")
+    if heads < 1:
+        raise ValueError(f"config.json: num_attention_heads is {heads}; it must be at least 1")
     is_lfm3 = kind == "lfm3"
     return ModelConfig(
         vocab_size=fields.get(int, "vocab_size"),
@@ -241,16 +249,20 @@ def from_config_json(content: Mapping[str, Any]) -> ModelConfig:
 def _layer_types(fields: _Fields) -> tuple[str, ...]:
     types = fields.get(list, "layer_types", default=None)
     depth = fields.get(int, "num_hidden_layers", default=None if types is None else len(types))
+    if depth is not None and depth > _MOST_LAYERS:
+        raise ValueError(f"config.json: num_hidden_layers is {depth}; at most {_MOST_LAYERS} are read")
     if types is None:
         attention_at = fields.get(list, "full_attn_idxs", default=None)
         if attention_at is None:
             raise ValueError("config.json has none of layer_types, full_attn_idxs: one of them must say where attention is")
         if depth is None:
             raise ValueError("config.json has no num_hidden_layers, which full_attn_idxs needs beside it")
-        outside = [index for index in attention_at if index not in range(depth)]
+        outside = [index for index in attention_at if type(index) is not int or index not in range(depth)]
         if outside:
-            raise ValueError(f"config.json: full_attn_idxs has {outside}, but num_hidden_layers is {depth}")
+            raise ValueError(f"config.json: full_attn_idxs has {outside!r:.200}, but num_hidden_layers is {depth}")
         types = ["full_attention" if index in attention_at else "conv" for index in range(depth)]
+    if not all(isinstance(kind, str) for kind in types):
+        raise ValueError(f"config.json: layer_types has entries that are no names: {types!r:.200}")
     if len(types) != depth:
         raise ValueError(f"config.json: layer_types has {len(types)} entries, but num_hidden_layers is {depth}")
     return tuple(types)
@@ -266,9 +278,11 @@ def _mlp_dim(fields: _Fields, *, adjustable: bool) -> int:
     width = int(2 * width / 3)
     if fields.content.get("block_ffn_dim_multiplier", 1.0) is None:
         return width
-    width = int(fields.get(float, "block_ffn_dim_multiplier", default=1.0) * width)
+    multiplier = fields.get(float, "block_ffn_dim_multiplier", default=1.0)
     multiple = fields.get(int, "block_multiple_of", default=256)
-    return multiple * -(-width // multiple)
+    if not 0 < multiplier * width <= _MOST_INTEGER or multiple < 1:
+        raise ValueError(f"config.json: no width comes of block_ffn_dim_multiplier {multiplier} and block_multiple_of {multiple}")
+    return multiple * -(-int(multiplier * width) // multiple)
 
 
 def _ropes(fields: _Fields, is_lfm3: bool) -> dict[str, RopeConfig]:
@@ -279,7 +293,7 @@ def _ropes(fields: _Fields, is_lfm3: bool) -> dict[str, RopeConfig]:
     for name, kind in (("full_rope", "full_attention"), ("sliding_rope", "sliding_attention")):
         if kind in settings:
             ropes[name] = _rope(_Fields(settings).get(dict, kind), f"rope_parameters.{kind}", fields)
-        elif kind in fields.content.get("layer_types", ()):
+        elif kind in (fields.content.get("layer_types") or ()):
             raise ValueError(f"config.json has no rope_parameters.{kind}, but layer_types has {kind}")
     return ropes
 

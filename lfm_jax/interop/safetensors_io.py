@@ -8,9 +8,9 @@ reading and writing are here; the tests hold both against the package.
 import hashlib
 import json
 import math
-import operator
+import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +19,11 @@ from etils import epath
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _BLOCK_BYTES = 1 << 24
-_MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
+# The package's limit is 100 MB: with a million names these take seconds and gigabytes. The largest models have 100,000.
+_MOST_HEADER_BYTES = 1 << 25
+_MOST_TENSORS = 100_000
+_MOST_AXES = 8
+_NAME = re.compile(r"[A-Za-z0-9_.]{1,500}")
 
 
 class TensorSpec(NamedTuple):
@@ -96,7 +100,8 @@ def read_header(path: epath.Path) -> list[StoredTensor]:
     """The tensors of a file, none of them read.
 
     Raises:
-      ValueError: it is not a safetensors file, is cut off or too long, or holds a tensor of a type that is no weight's.
+      ValueError: it is not a safetensors file, is cut off or too long, has tensors that share bytes or a name or leave bytes
+        between them, or one whose name or type is no weight's.
     """
     size = path.stat().length
     with path.open("rb") as file:
@@ -105,25 +110,53 @@ def read_header(path: epath.Path) -> list[StoredTensor]:
             raise ValueError(f"{path}: cut off or no safetensors file: a header of {length} bytes in a file of {size}")
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_without_repeats)
         header.pop("__metadata__", None)
-        tensors = [_stored(path, 8 + length, name, entry) for name, entry in header.items()]
-    except (AttributeError, KeyError, RecursionError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: the header is not that of a safetensors file ({error!r})") from error
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the header is not that of a safetensors file ({error!r:.300})") from error
+    if len(header) > _MOST_TENSORS:
+        raise ValueError(f"{path}: {len(header)} tensors are in the header; at most {_MOST_TENSORS} are read")
+    tensors = [_stored(path, 8 + length, name, entry) for name, entry in header.items()]
     end = max([8 + length] + [tensor.start + tensor.spec.nbytes for tensor in tensors])
     if end > size:
         last = max(tensors, key=lambda tensor: tensor.start)
         raise ValueError(f"{path}: cut off: tensor {last.spec.name!r} ends at byte {end}, the file has {size}; fetch it again")
     if end < size:
         raise ValueError(f"{path}: {size - end} bytes follow the last tensor; the file is damaged")
+    position = 8 + length
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.spec.nbytes)):
+        if tensor.start != position:
+            raise ValueError(
+                f"{path}: tensor {tensor.spec.name!r} begins at byte {tensor.start}, the one before it ends at {position}; the "
+                "file is damaged"
+            )
+        position += tensor.spec.nbytes
     return tensors
 
 
-def _stored(path: epath.Path, base: int, name: str, entry: dict) -> StoredTensor:
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"{path}: tensor {name!r} has dtype {entry['dtype']}; weights are one of {', '.join(_DTYPES)}")
-    spec = TensorSpec(name, _DTYPES[entry["dtype"]], tuple(operator.index(length) for length in entry["shape"]))
-    start, end = entry["data_offsets"]
-    if start < 0 or min(spec.shape, default=0) < 0 or end - start != spec.nbytes:
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose last entry of a name would otherwise replace the first."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("a name is there twice")
+    return entries
+
+
+def _stored(path: epath.Path, base: int, name: str, entry: Any) -> StoredTensor:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{path}: a tensor is called {name!r:.100}; names of weights have letters, digits, dots and underscores")
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or not _are_sizes(shape, _MOST_AXES) or not (_are_sizes(offsets, 2) and len(offsets) == 2):
+        raise ValueError(f"{path}: tensor {name!r} has no sound dtype, shape and data_offsets, but {entry!r:.200}; it is damaged")
+    if dtype not in _DTYPES:
+        raise ValueError(f"{path}: tensor {name!r} has dtype {dtype:.20}; weights are one of {', '.join(_DTYPES)}")
+    spec, (start, end) = TensorSpec(name, _DTYPES[dtype], tuple(shape)), offsets
+    if end - start != spec.nbytes:
         raise ValueError(f"{path}: tensor {name!r} has shape {spec.shape} but {end - start} bytes, not {spec.nbytes}")
     return StoredTensor(path, spec, base + start)
+
+
+def _are_sizes(value: Any, most: int) -> bool:
+    """Whether it is a list of at most so many whole numbers, none of them negative or beyond 63 bits."""
+    return isinstance(value, list) and len(value) <= most and all(type(size) is int and 0 <= size < 1 << 63 for size in value)

@@ -18,6 +18,8 @@ _FORMAT = 1
 _PART = f"{MANIFEST}.part"
 # Larger files hold values of arrays, which have fingerprints; the smaller ones say how to read them.
 _SMALL_BYTES = 1 << 20
+# A manifest of thousands of arrays and hosts has some millions; as objects of Python it is many times as large.
+_MOST_BYTES = 1 << 26
 # A request to an object store takes some 50 ms, and of hundreds of processes each has written a few files.
 _THREADS = 32
 # How TensorStore says that it could not reach a file, and the packages whose errors say so of a bucket.
@@ -60,6 +62,8 @@ def read(folder: epath.Path, step: int) -> tuple[dict[str, Any] | None, str | No
       ValueError: it is sound, and of another format.
     """
     try:
+        if (folder / MANIFEST).stat().length > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         data = (folder / MANIFEST).read_bytes()
         content = json.loads(data)
         del content["digest"]

@@ -198,3 +198,24 @@ def test_generation_settings():
 def test_impossible_generation_settings_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         GenerationSettings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 0, "num_heads": 0}, "num_attention_heads is 0; it must be at least 1"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; at most 128 are read"),
+        ({"layer_types": ["conv"] * 129, "num_hidden_layers": None}, "num_hidden_layers is 129; at most 128"),
+        ({"num_hidden_layers": 2**40}, "num_hidden_layers is 1099511627776, which is no size or setting of a model"),
+        ({"vocab_size": 2**62}, "vocab_size is 4611686018427387904, which is no size"),
+        ({"norm_eps": float("inf")}, "norm_eps is inf, which is no size or setting"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan, which is no size or setting"),
+        ({"full_attn_idxs": ["1", None]}, "full_attn_idxs has .'1', None., but num_hidden_layers is 16"),
+        ({"layer_types": [["conv"], {}]}, "layer_types has entries that are no names: "),
+        ({"block_ffn_dim_multiplier": 1e308}, "no width comes of block_ffn_dim_multiplier 1e.308 and block_multiple_of 256"),
+        ({"block_multiple_of": 0}, "no width comes of block_ffn_dim_multiplier 1.0 and block_multiple_of 0"),
+    ],
+)
+def test_values_that_no_model_has_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        from_config_json(LFM2 | changes)

@@ -14,8 +14,16 @@ import pytest
 import sentencepiece
 import transformers
 
-from lfm_jax.interop import GenerationSettings, export_folder, sentencepiece_to_tokenizer, write_tokenizer
+from lfm_jax.interop import (
+    GenerationSettings,
+    export_folder,
+    read_tokenizer_json,
+    sentencepiece_to_tokenizer,
+    tokenizer_json,
+    write_tokenizer,
+)
 from lfm_jax.interop.tokenizer_json import CHAT_TEMPLATE
+from lfm_jax.isolation.limits import LimitError
 from lfm_jax.models import Decoder, ModelConfig, functional
 
 SYMBOLS = [
@@ -227,6 +235,15 @@ def test_missing_tokenizers_are_named(model_file, tmp_path):
     ("text", "message"),
     [
         ('{"model": {"vocab": [["a", 0.0]]}}', "tokenizer.json has no model.vocab that maps tokens to ids"),
+        ('{"model": {"vocab": {"a": 0.5}}}', "tokenizer.json has the id 0.5; ids are whole numbers below 16777216"),
+        ('{"model": {"vocab": {"a": 16777216}}}', "tokenizer.json has the id 16777216; ids"),
+        ('{"model": {"vocab": {"a": -1}}}', "tokenizer.json has the id -1; ids"),
+        ('{"model": {"vocab": {"a": [0]}}}', "has added_tokens or a vocab without ids and texts .TypeError"),
+        ('{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1}]}', "added_tokens or a vocab without ids .* .KeyError"),
+        ('{"model": {"vocab": {"a": 0, "b": 0}}}', "gives 1 of its ids to two tokens"),
+        ('{"model": {"vocab": {"a": 0}}}', "tokenizer.json: cannot be used by tokenizers 0"),
+        ("[" * 100_000, "tokenizer.json is no JSON: maximum recursion"),
+        ("9" * 5000, "tokenizer.json is no JSON: Exceeds the limit"),
         ("[]", "tokenizer.json has no model.vocab"),
         ("{", "tokenizer.json is no JSON"),
     ],
@@ -249,3 +266,80 @@ def test_a_tokenizer_of_another_size_is_refused(sizes, message, model_file, tmp_
     with pytest.raises(ValueError, match=message):
         _export(tmp_path / "hf", model_file, **sizes)
     assert not (tmp_path / "hf").exists()
+
+
+def _content(model_file, **changes):
+    return json.dumps(json.loads(sentencepiece_to_tokenizer(model_file, 1).to_str()) | changes).encode()
+
+
+def _sequence(length):
+    replace = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 10}
+    return {"normalizer": {"type": "Sequence", "normalizers": [replace] * length}}
+
+
+PADDING = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "<|pad|>"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (_sequence(12), LimitError, "some/file: more than 2048 MiB of memory"),
+        ({"padding": {**PADDING, "strategy": {"Fixed": 1 << 31}}}, LimitError, "some/file: more than 2048 MiB of memory"),
+        ({"padding": {**PADDING, "strategy": {"Fixed": 1 << 62}}}, ValueError, "some/file: PanicException"),
+        (_sequence(2), ValueError, r"some/file: makes \d+ ids of \d+ bytes of text"),
+    ],
+    ids=["growth", "padding", "panic", "some_growth"],
+)
+def test_a_tokenizer_json_that_would_end_the_process_is_refused(changes, error, message, model_file):
+    """Each of them aborts Python, or takes its memory, when it is loaded and used in this process."""
+    with pytest.raises(error, match=message):
+        read_tokenizer_json(_content(model_file, **changes), "some/file")
+
+
+def test_ids_that_tokenizers_reads_otherwise_are_noticed(model_file):
+    """The package numbers added tokens itself, whatever the file says."""
+    content = json.loads(_content(model_file))
+    added = content["added_tokens"] + [content["added_tokens"][-1] | {"content": "<|new|>", "id": 1700}]
+    with pytest.raises(ValueError, match="some/file has ids below 1701, but tokenizers reads it as having ids below 1501"):
+        read_tokenizer_json(_content(model_file, added_tokens=added), "some/file")
+
+
+def test_a_tokenizer_json_is_looked_at_once(model_file, monkeypatch):
+    data = _content(model_file) + b" "  # which no other test has
+    assert read_tokenizer_json(data, "some/file") == 1500
+    monkeypatch.setattr(tokenizer_json, "call_limited", None)
+    assert read_tokenizer_json(data, "other/name") == 1500
+
+
+def test_a_file_too_long_for_a_tokenizer_is_not_parsed(monkeypatch):
+    monkeypatch.setattr(tokenizer_json, "_MOST_BYTES", 10)
+    with pytest.raises(ValueError, match="some/file has 11 bytes, more than 10: that is no tokenizer"):
+        read_tokenizer_json(b"[0,0,0,0,0]", "some/file")
+
+
+def test_settings_that_ask_for_code_are_refused(model_file, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    (source / "tokenizer.json").write_bytes(_content(model_file))
+    (source / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Tokenizer", null]}}')
+    with pytest.raises(ValueError, match="tokenizer_config.json has auto_map, which asks readers to run code"):
+        write_tokenizer(source, out, GenerationSettings())
+    (source / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer_config.json is no JSON"):
+        write_tokenizer(source, out, GenerationSettings())
+
+
+def test_bytes_that_are_no_sentencepiece_model_are_refused(tmp_path):
+    for content in (b"\x0a\x03abc", _train().replace(b"<0x06>", b"\xbc0x06>", 1)):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(ValueError, match="tokenizer.model is no SentencePiece model"):
+            sentencepiece_to_tokenizer(tmp_path / "tokenizer.model", 1)
+
+
+def test_a_piece_that_is_no_utf8_is_named(tmp_path):
+    content = _train()
+    start = content.index("\u4f60\u597d".encode())
+    (tmp_path / "tokenizer.model").write_bytes(content[:start] + b"\xff" + content[start + 1 :])
+    with pytest.raises(ValueError, match=r"tokenizer.model is damaged: piece \d+ is no UTF-8 .invalid start byte"):
+        sentencepiece_to_tokenizer(tmp_path / "tokenizer.model", 1)

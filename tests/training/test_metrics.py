@@ -74,7 +74,7 @@ def test_a_writer_goes_on_after_its_step_and_drops_what_comes_again(tmp_path):
 def test_a_damaged_line_is_told_of_and_costs_no_other(tmp_path):
     """As a file system leaves it that lost some bytes in the middle; what comes after is read, and the run goes on."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2}\n{"step": 2, "tra{"step": 3}\n[]\n{"step": 4}\n')
-    with pytest.warns(MetricsWarning, match=r"metrics.jsonl:2 is damaged and left out") as told:
+    with pytest.warns(MetricsWarning, match=r"metrics.jsonl:[23] is damaged and left out") as told:
         assert [record["step"] for record in read_metrics(tmp_path)] == [1, 4]
     assert len(told) == 2
 

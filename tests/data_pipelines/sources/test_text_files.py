@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import tracemalloc
 
 import pyarrow
 import pytest
@@ -77,6 +78,26 @@ def test_a_compressed_file_that_was_cut_off_is_noticed(suffix, tmp_path):
         path.write_bytes(content[:end])
         with pytest.raises(ValueError, match=rf"texts{suffix}: damaged or cut off near line \d"):
             list(read_texts(path, "body"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_a_compressed_file_of_which_nothing_is_left_is_noticed(suffix, tmp_path):
+    path = epath.Path(tmp_path / f"texts{suffix}")
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"texts{suffix}: damaged or cut off near line 1 .no byte is there"):
+        list(read_texts(path, "body"))
+
+
+def test_a_few_bytes_that_stand_for_many_are_not_copied_again_and_again(tmp_path):
+    """Else a gigabyte of zeros, 32 KB in zstandard, takes hours."""
+    path = epath.Path(tmp_path / "zeros.jsonl.zst")
+    path.write_bytes(zstandard.ZstdCompressor().compress(bytes(1 << 25)))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="zeros.jsonl.zst:1: the line is longer than 1000 bytes"):
+        list(read_texts(path, limit=1000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * (1 << 25)
 
 
 def test_a_damaged_compressed_file_is_noticed(tmp_path):

@@ -254,6 +254,73 @@ def test_a_damaged_index_is_refused(copy):
         read_token_shards(copy)
 
 
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda index: index.update(documents=-1), "documents"),
+        (lambda index: index.update(tokens=1.0), "tokens"),
+        (lambda index: index.pop("text_bytes"), "text_bytes"),
+        (lambda index: index.update(dtype="O"), "dtype"),
+        (lambda index: index.update(dtype=["<u2"]), "dtype"),
+        (lambda index: index.update(tokenizer=[]), "tokenizer.vocab_size"),
+        (lambda index: index["tokenizer"].update(fingerprint=7), "tokenizer.fingerprint"),
+        (lambda index: index["records"].update(bad={"empty": "7"}), "records.bad"),
+        (lambda index: index.update(shards={}), "shards"),
+        (lambda index: index["shards"].append(None), r"shards\[\d\].documents"),
+        (lambda index: index["shards"][1].update(file="../tokens-00000-001.array_record"), r"shards\[1\].file"),
+        (lambda index: index["shards"][1].update(file="tokens-00000-000.array_record"), "shards: a file that is there twice"),
+        (lambda index: index["shards"][0].update(difficulty=float("nan")), r"shards\[0\].difficulty"),
+        (lambda index: index["shards"][0].update(sha256="0"), r"shards\[0\].sha256"),
+        (lambda index: index["shards"][0].update(bytes=1 << 63), r"shards\[0\].bytes"),
+    ],
+)
+def test_a_field_that_is_no_sound_value_is_named(change, field, copy):
+    _edit_index(copy, change)
+    with pytest.raises(ValueError, match=f"index.json is damaged: {field} is missing or no sound value; delete the folder"):
+        read_token_shards(copy)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[" * 100_000, "index.json is damaged .maximum recursion"), ("[]", "is damaged: expected a JSON object, got list")],
+)
+def test_an_index_that_is_none_is_refused(text, message, copy):
+    (copy / "index.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_token_shards(copy)
+
+
+def test_an_index_too_long_to_be_one_is_not_parsed(copy, monkeypatch):
+    monkeypatch.setattr(token_shards, "_MOST_INDEX_BYTES", 100)
+    with pytest.raises(ValueError, match=r"index.json has \d+ bytes, more than 100: it is damaged"):
+        read_token_shards(copy)
+
+
+def _npy(array):
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no lengths .No data left in file"),
+        (_npy(np.zeros(3, "<u4"))[:-4], "holds no lengths"),
+        (_npy(np.zeros(3, "<u4")).replace(b"(3,)", b"(1000000000000,)"), "holds no lengths"),
+        (_npy(np.zeros(3, "<u4")), r"has uint32 of shape \(3,\), not uint32 of \d+"),
+        (_npy(np.zeros(3, "<f4")), r"has float32 of shape \(3,\), not uint32 of \d+"),
+    ],
+)
+def test_lengths_that_were_written_wrong_are_refused(content, message, copy):
+    """With a digest that agrees: whoever made the folder made it so."""
+    (copy / "lengths-00000-000.npy").write_bytes(content)
+    sha256 = token_shards.sha256_of(epath.Path(copy / "lengths-00000-000.npy"))
+    _edit_index(copy, lambda index: index["shards"][0].update(lengths_sha256=sha256))
+    with pytest.raises(ValueError, match=f"lengths-00000-000.npy {message}"):
+        read_token_shards(copy)[0]
+
+
 def _refused(folder, error, message, shard):
     """When the shard is first used, and at once if all is to be checked; other shards can be read."""
     with pytest.raises(error, match=message):

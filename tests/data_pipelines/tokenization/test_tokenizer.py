@@ -191,10 +191,12 @@ def test_files_are_found(folder, tmp_path, trained):
             load_tokenizer(path)
 
 
-def test_a_foreign_sentencepiece_model_is_refused(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x03abc")
-    with pytest.raises(ValueError, match="tokenizer.model is no SentencePiece model"):
-        load_tokenizer(tmp_path)
+def test_a_foreign_sentencepiece_model_is_refused(folder, tmp_path):
+    damaged = (folder / "tokenizer.model").read_bytes().replace(b"<0x06>", b"\xbc0x06>", 1)
+    for content in (b"\x0a\x03abc", damaged):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(ValueError, match="tokenizer.model is no SentencePiece model"):
+            load_tokenizer(tmp_path)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SOURCES[0].splitlines()), model_writer=model, vocab_size=500, minloglevel=2
@@ -230,7 +232,7 @@ def _json(**changes):
         (json.dumps(_json(model={"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, added_tokens=[])),
          r"has no id for <\|startoftext\|>, <\|endoftext\|>, <\|pad\|>"),
         (json.dumps(_json(model={"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []})), "gives 1 of its ids to two tokens"),
-        (json.dumps(_json(model={"type": "BPE", "vocab": {"a": 2**32 - 1}, "merges": []})), "has the id 4294967295; no model"),
+        (json.dumps(_json(model={"type": "BPE", "vocab": {"a": 2**32 - 1}, "merges": []})), "the id 4294967295; ids are whole"),
         (json.dumps(_json(model={"type": "BPE", "vocab": {"a": 0}, "merges": [["x", "y"]]})), "cannot be used by tokenizers 0"),
     ],
 )  # fmt: skip
@@ -248,3 +250,12 @@ def test_a_tokenizer_json_neither_cuts_nor_pads(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("abba") == [3, 4, 4, 3]
     assert tokenizer.vocab_size == 5
+
+
+def test_a_sentencepiece_model_with_a_piece_that_is_no_utf8_is_refused(folder, tmp_path):
+    """It loads, and without the check fails when it comes to decode."""
+    content = (folder / "tokenizer.model").read_bytes()
+    start = content.index("\u2581=".encode())
+    (tmp_path / "tokenizer.model").write_bytes(content[:start] + b"\xff" + content[start + 1 :])
+    with pytest.raises(ValueError, match=r"tokenizer.model is damaged: piece \d+ is no UTF-8"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,95 @@
+"""Chat templates from outside: the text that transformers makes of them, and no harm from those that mean it."""
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from lfm_jax.interop.chat_template import render
+from lfm_jax.interop.tokenizer_json import CHAT_TEMPLATE
+from lfm_jax.isolation.limits import LimitError
+
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "x": "<&> caf\u00e9"}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": {"where": "SF", "days": [1, None, True]}}}
+CHATS = {
+    "question": ([{"role": "user", "content": "Hi\n"}], None),
+    "tools": ([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Weather?"}], [TOOL, TOOL]),
+    "calls": (
+        [
+            {"role": "user", "content": "Weather in SF?"},
+            {"role": "assistant", "content": "<think>look it up</think>", "tool_calls": [CALL]},
+            {"role": "tool", "content": '{"degrees": 20}'},
+            {"role": "assistant", "content": "<think>cold</think>20 degrees, \U0001f976."},
+            {"role": "user", "content": "Thanks"},
+        ],
+        [TOOL],
+    ),
+}
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+TOKENS = {"bos_token": "<|startoftext|>"}
+
+
+def _theirs(template, messages, tools, prompt):
+    texts, _ = render_jinja_template([messages], tools=tools, chat_template=template, add_generation_prompt=prompt, **TOKENS)
+    return texts[0]
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("file", ["LFM2-8B-A1B", "LFM2.5-8B-A1B", "LFM2.5-Instruct"])
+def test_published_templates_render_as_in_transformers(file, chat, published_data):
+    template = (published_data / "lfm_templates" / f"{file}.jinja").read_text()
+    messages, tools = CHATS[chat]
+    for prompt in (True, False):
+        expected = _theirs(template, messages, tools, prompt)
+        assert "<|im_start|>user" in expected
+        found = render(template, messages, tools=tools, add_generation_prompt=prompt, special_tokens=TOKENS)
+        assert found == expected
+
+
+LANGUAGE = """{% for m in messages %}
+    {%- if loop.index > 2 %}{% break %}{% endif %}
+  {% generation %}
+  {{ m.content | trim }}
+  {% endgeneration %}
+{% endfor %}
+{% set ns = namespace(self=1) %}{% set ns.a = {"b": [1, 2.5]} %}{{ ns.a | tojson(indent=2) }}{{ dict(a=1) }}
+{{ undefined_name }}{{ tools is none }}{{ documents }}{{ "a" * 3 }}{{ strftime_now("x") }}
+"""
+
+
+@pytest.mark.parametrize("template", [LANGUAGE, CHAT_TEMPLATE], ids=["language", "ours"])
+def test_the_language_is_that_of_transformers(template):
+    messages = CHATS["calls"][0]
+    assert render(template, messages, special_tokens=TOKENS) == _theirs(template, messages, None, False)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (LOOPS, "more than 3 seconds of processor time"),
+        ("{{ 'a' * 10**10 }}", "more than 512 MiB of memory"),
+    ],
+)
+def test_a_template_that_takes_too_much_is_stopped(template, message):
+    with pytest.raises(LimitError, match=f"some/file.jinja: {message}"):
+        render(template, CHATS["question"][0], name="some/file.jinja")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for %}", "chat template: cannot be rendered .TemplateSyntaxError: "),
+        ("{{ raise_exception('roles must alternate') }}", "cannot be rendered .TemplateError: roles must alternate"),
+        ("{{ nothing.at.all }}", "cannot be rendered .UndefinedError: 'nothing' is undefined"),
+        ("{{ range(10**9) }}", "cannot be rendered .OverflowError: Range too big"),
+        ("{{ ''.__class__.__mro__ }}", "cannot be rendered .SecurityError|UndefinedError"),
+        ("{{ messages.append(1) }}", "cannot be rendered .SecurityError"),
+        ("{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "a namespace may not hold '__class__'"),
+        ("{{ namespace(_x=1) }}", "a namespace may not hold '_x'"),
+        ("{{ " + "(" * 50_000, "cannot be rendered .RecursionError"),
+        ("{% include '/etc/hostname' %}", "cannot be rendered .TypeError: no loader"),
+        ("\ud800", "the text it makes is no UTF-8 .surrogates not allowed"),
+        ("a" * (1 << 20) + "a", "a template of 1048577 characters; at most 1048576"),
+    ],
+)
+def test_a_template_that_may_not_is_refused(template, message):
+    with pytest.raises(ValueError, match=message):
+        render(template, CHATS["question"][0])
