@@ -5,16 +5,15 @@ import json
 import math
 import os
 import platform
-import subprocess
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from experiments.report import format_figure, write_report
 from lfm_jax.configuration import flatten, to_mapping
+from lfm_jax.provenance import commit
 
 FILE = "results.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -71,7 +70,7 @@ def versions() -> dict[str, str | None]:
     """Versions of Python, of the libraries that decide the numbers, and the commit of this repository (None outside of one)."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     found.update({name: importlib.metadata.version(name) for name in _PACKAGES})
-    return {**found, "commit": _commit()}
+    return {**found, "commit": commit()}
 
 
 def device() -> dict[str, Any]:
@@ -81,20 +80,6 @@ def device() -> dict[str, Any]:
     devices = jax.devices()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices), "host_cores": cores}
-
-
-def _commit() -> str | None:
-    """The commit checked out where this file lies, with "+changes" where tracked files differ from it."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():  # installed: the repository around it, if there is one, is another
-        return None
-    git = ("git", "-C", str(root))
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+changes" if changed else "")
 
 
 def _plain(value: Any, name: str) -> Any:

@@ -1,6 +1,7 @@
 """Whether the files of runs are as they were written."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from experiments.stages import CHECKPOINTS
 from lfm_jax.configuration import ConfigError
 from lfm_jax.interop.export_manifest import check_manifest
 from lfm_jax.training import Checkpoints, read_metrics
+from lfm_jax.training.metrics import MetricsWarning
 
 EXPORT = "export/hf"
 _WHOLE = "whole"
@@ -79,7 +81,9 @@ def _look(run: epath.Path) -> list[tuple[str, str]]:
 
 def _state(read: Callable[[], Any]) -> str:
     try:
-        read()
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", MetricsWarning)
+            read()
+    except (OSError, ValueError, MetricsWarning) as error:
         return str(error)
     return _WHOLE

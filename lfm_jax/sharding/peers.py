@@ -268,7 +268,7 @@ class Watch:
         if self.process == 0:
             return f"the coordination service of this process, which is process 0, {what}."
         if 0 not in self._heard:
-            return f"process 0, the coordinator, {what}."
+            return f"process 0 at {jax_distributed.global_state.coordinator_address}, the coordinator, {what}."
         heard = self._heard[0]
         return f"{_who(0, heard.beat)}, the coordinator, {what}; it was {_where(heard.beat)} when last heard of."
 

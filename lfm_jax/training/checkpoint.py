@@ -35,6 +35,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.experimental import v1 as ocp
 
 from lfm_jax.configuration import ConfigError
+from lfm_jax.provenance import commit
 from lfm_jax.training import checkpoint_manifest
 from lfm_jax.training.checkpoint_manifest import MANIFEST, STATE, Unreachable, short
 from lfm_jax.training.fingerprint import fingerprints, finish_fingerprints, leaf_paths, start_fingerprints
@@ -154,7 +155,7 @@ class Checkpoints:
             "loop_state": loop_state or {},
             "config": config,
             "score": score,
-            "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+            "versions": _versions(),
         }
         try:
             # A copy: it is written later, and the iterator goes on meanwhile.
@@ -379,6 +380,11 @@ class Checkpoints:
         return manifest, {path: leaf.astype(wanted[path].dtype) for path, leaf in leaves.items()}, None
 
 
+def _versions() -> dict[str, str | None]:
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages, "commit": commit()}
+
+
 def _saving() -> ocp.Context:
     """Weights and moments are noise: compression would take 7 % off in twice the time. Nothing here reads a sharding file.
 
@@ -454,8 +460,7 @@ def _agreed(folder: epath.Path, problem: str | None) -> str | None:
     """What is wrong for any process is wrong for all, and `CheckpointError` for all if one of them cannot reach the step."""
     kind = np.array([problem is not None, isinstance(problem, Unreachable)])
     failed, unreachable = (np.flatnonzero(which) for which in multihost_utils.process_allgather(kind).reshape(-1, 2).T)
-    if len(failed) and problem is None:
-        problem = f"process {failed[0]} cannot read it"
+    problem = problem or (f"process {failed[0]} cannot read it" if len(failed) else None)
     if len(unreachable):
         text = f"{folder} cannot be reached: {problem}. That is no damage, and no older step is used"
         raise CheckpointError(f"{text}; once it can be read, the same command goes on.")

@@ -23,7 +23,7 @@ _MOST_BYTES = 1 << 26
 # A request to an object store takes some 50 ms, and of hundreds of processes each has written a few files.
 _THREADS = 32
 # How TensorStore says that it could not reach a file, and the packages whose errors say so of a bucket.
-_NOT_REACHED = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED)\b")
+_NOT_REACHED = re.compile(r"\b(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED)\b")
 _CLIENTS = ("aiohttp", "gcsfs", "google", "requests")
 
 

@@ -12,10 +12,11 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from lfm_jax.configuration import ConfigError
+from lfm_jax.configuration import ConfigError, mistakes_in
 from lfm_jax.models import FunctionalModel
 from lfm_jax.models.functional import Tree
 from lfm_jax.sharding import peers
+from lfm_jax.sharding.flags import checker_for
 from lfm_jax.training.checkpoint import Checkpoints
 from lfm_jax.training.goodput import Ledger, Span
 from lfm_jax.training.metrics import MetricsWriter
@@ -59,8 +60,8 @@ class TrainConfig:
     convert_dtypes: a checkpoint with leaves of other dtypes, e.g. of the optimizer's moments, is converted instead of refused.
     trouble: what is done about spikes and numbers that are not finite. watch: how long a process may be silent, or take for what.
     compare_replicas_every: steps between two comparisons of what several devices hold copies of; each checkpoint has one, too.
-    device_check_every: steps between two that run in a second program, which computes everything three times and ends the run where
-      the results differ (the TPU compiler's checker, v5p and v6e); None: none does.
+    device_check_every: steps between two that run in a second program, which computes everything three times and ends the run
+      where the results differ (the TPU compiler's checker; v5p alone); None: none does.
     trackers: where figures go to besides metrics.jsonl and TensorBoard: "wandb", "trackio". profile: what is traced.
     """
 
@@ -208,7 +209,7 @@ class _Run:
         if config.device_check_every is not None:
             with mistakes_in("train.device_check_every"):
                 self._step_functions.append(step(compiler_options=checker_for(parts.mesh.devices.flat[0])))
-        self._compiled = False
+        self._compiled: set[int] = set()
         self.step, self.state = 0, None
 
     def begin(self) -> int:
@@ -237,9 +238,11 @@ class _Run:
                 wait.kind = "step"  # nobody waited
         self._watchman.keep(step, batch)
         bounds = (self._watchman.step_bounds(step),) if self._config.trouble.skips else ()
-        with self._at("step" if self._compiled else "compile", step):
-            self.state, metrics = self._step_function(self.state, place_batch(batch, mesh), *bounds)
-            self.step, self._compiled = step, True
+        which = 0 if self._config.device_check_every is None else int(step % self._config.device_check_every == 0)
+        with self._at("step" if which in self._compiled else "compile", step):
+            self.state, metrics = self._step_functions[which](self.state, place_batch(batch, mesh), *bounds)
+            self.step = step
+            self._compiled.add(which)
             found = self.record.dispatched(step, metrics)
         profiler.after(step, metrics)
         return self._is_sound(found)

@@ -42,7 +42,8 @@ def stop_requests() -> Iterator[Stop]:
     """While it lasts, the first SIGTERM or SIGINT is a request; with the second the usual handler is back.
 
     Of several processes SIGTERM is jax's, which tells it to the others and finds the step that all can stop at; SIGINT is handed
-    on as one. So is, on a Google Cloud machine, the notice that it will be taken away.
+    on as one, and the second kills: after a KeyboardInterrupt Python would wait for the others. On a Google Cloud machine the
+    notice that it will be taken away is a request, too.
     """
     stop, before, ended = Stop(), {}, threading.Event()
     alone = jax.process_count() == 1
@@ -54,7 +55,7 @@ def stop_requests() -> Iterator[Stop]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def request(number, frame):
-        signal.signal(number, before[number])
+        signal.signal(number, before[number] if alone else signal.SIG_DFL)
         ask()
 
     try:

@@ -13,6 +13,7 @@ from etils import epath
 from experiments.benchmarks.faults import processes, victim
 from experiments.results import write_results
 from lfm_jax.sharding.peers import EXIT_PEER
+from lfm_jax.training.goodput import read_seconds, table
 from lfm_jax.training.metrics import is_of_the_machine, read_metrics
 from lfm_jax.training.progress import LoopProgress
 from lfm_jax.training.stopping import EXIT_INTERRUPTED
@@ -101,6 +102,7 @@ def main(config: Config, workdir: epath.Path) -> None:
             "differences": differences, "steps": config.steps, "hung": sum(row["overdue"] for row in rows),
             "unexpected_exit_codes": sum(not row["expected_codes"] for row in rows),
             "untold": sum(not row["told"] for row in rows), "by_kind": _by_kind(rows),
+            "goodput": table(read_seconds(folder / "hurt")),
         },
         config,
     )  # fmt: skip
@@ -134,16 +136,18 @@ def _strike(config: Config, folder: Path) -> list[dict[str, Any]]:
 
 
 def _look_back(rows: list[dict[str, Any]], ended: processes.Ended) -> None:
-    """What was done to the newest checkpoint, the next run tells."""
-    if rows and rows[-1]["kind"] in _LATER:
-        word = f"{rows[-1]['newest_after']:08d} {_EXPECTED[rows[-1]['kind']][2]}"
-        rows[-1]["told"] = any(word in log for log in ended.logs)
+    """What was done to a checkpoint, the next run that restores one tells."""
+    for row in rows:
+        if row["kind"] in _LATER and not row["told"]:
+            word = f"{row['newest_after']:08d} {_EXPECTED[row['kind']][2]}"
+            row["told"] = any(word in log for log in ended.logs)
 
 
 def _names(logs: list[str], kind: str, process: int, word: str) -> bool:
     """Whether a person who reads the logs of the run learns what happened, and of a process at fault, which."""
     if word == "process":
-        return any(f"process {process} on" in line for log in logs for line in log.splitlines() if line.startswith("run.py:"))
+        lines = [line for log in logs for line in log.splitlines() if line.startswith("run.py:")]
+        return any(f"process {process} {where}" in line for line in lines for where in ("on", "at"))
     return any(word in log for log in logs)
 
 
