@@ -287,6 +287,8 @@ def _process() -> NoReturn:
         code = main(sys.argv[1:])
     except SystemExit as leaving:
         code = leaving.code
+    except KeyboardInterrupt:  # Python's own way out would wait for the others
+        code = 130
     except Exception as error:
         traceback.print_exc()
         code = _raised(error, 1)

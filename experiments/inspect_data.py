@@ -50,7 +50,7 @@ def main(config: Config, workdir: epath.Path) -> None:
     _plot_mixture(config, batches, steps, workdir / "mixture.png")
     console = Console(record=True, width=120)
     for row in _rows(batches, config.samples):
-        console.print(_colored(row, tokenizer, config.sample_tokens), soft_wrap=True)
+        console.print(colored(row, tokenizer, config.sample_tokens), soft_wrap=True)
         console.rule()
     (workdir / "samples.html").write_text(console.export_html())
     batches.close()
@@ -100,7 +100,7 @@ def _rows(batches: Any, samples: int) -> list[dict[str, np.ndarray]]:
     return found[:samples]
 
 
-def _colored(row: dict[str, np.ndarray], tokenizer: Tokenizer, most: int) -> Text:
+def colored(row: dict[str, np.ndarray], tokenizer: Tokenizer, most: int) -> Text:
     """A row's targets as text: a color for each document, struck out where they do not count, and marks for special ids."""
     text = Text()
     targets, segments, counts = (row[name][:most] for name in ("targets", "segment_ids", "loss_mask"))

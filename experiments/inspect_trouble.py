@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipelines import Tokenizer, load_tokenizer
-from experiments.inspect_data import _colored
+from experiments.inspect_data import colored
 from experiments.results import write_results
 from experiments.stages import CHECKPOINTS, MODEL, TOKENIZER, model_functions
 from lfm_jax.configuration import ConfigError, from_mapping
@@ -188,7 +188,7 @@ def _show(console: Console, step: int, row: _Row, tokenizer: Tokenizer, most: in
     for each in _documents(row, tokenizer):
         table.add_row(*(Text(_text(each[name])) for name in ("document", "targets", "loss", "begins")))
     console.print(table)
-    console.print(_colored(row.arrays, tokenizer, most), soft_wrap=True)
+    console.print(colored(row.arrays, tokenizer, most), soft_wrap=True)
     console.rule()
 
 

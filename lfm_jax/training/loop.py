@@ -125,7 +125,7 @@ def train(
       batches: its state goes into the checkpoints, so that the next batch after a restart is the one that would have come.
       run_config: what a checkpoint says of the run it is from.
       evaluate: (params, buffers) -> figures, logged as eval/NAME.
-      initial: (params, buffers) to begin with instead of random ones; the arrays are not changed.
+      initial: (params, buffers) to begin with instead of random ones; the arrays are taken over, and gone afterwards.
       flops_per_token: model FLOPs of a training step, for the MFU; shown where the chip's peak is known.
       ledger: where the run's time is booked; None: one of the loop's own.
 
@@ -356,7 +356,7 @@ class _Run:
                 f"the gradient of step {step}, computed twice, is not the same on {describe_devices(odd)}. Take the host out of "
                 "the run, or test it; the same command resumes from the newest checkpoint."
             )
-        self.say(f"step {step}, computed twice more, is the same to the bit: it is the batch or the numbers, not a device")
+        self.say(f"step {step}, computed twice more, is the same to the bit: no device is caught, so it is most likely the batch")
 
     @functools.cached_property
     def _replayed(self) -> Callable:

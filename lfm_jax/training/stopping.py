@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again.
 EXIT_INTERRUPTED = 75
 _METADATA_HOST = "GCE_METADATA_IP"  # which jax heeds, too
-_NOTICES = {"maintenance-event": "NONE", "preempted": "FALSE"}  # and what they say while nothing is about to happen
+# What they say while the machine stays: one that is moved elsewhere stays, too.
+_NOTICES = {"maintenance-event": ("NONE", "MIGRATE_ON_HOST_MAINTENANCE"), "preempted": ("FALSE",)}
 _SECONDS_BETWEEN_LOOKS = 10.0
 
 
@@ -100,6 +101,6 @@ def notice() -> str | None:
                 said = answer.read(200).decode(errors="replace").strip()
         except (urllib.error.URLError, OSError):
             continue  # no such notice here, or the server is busy: it is asked again
-        if said and said.upper() != usual:
+        if said and said.upper() not in usual:
             return f"{name}: {said}"
     return None

@@ -72,6 +72,12 @@ WHOLE = {
 }
 
 
+def test_damaged_metrics_are_found(folder):
+    (folder / "metrics.jsonl").write_text('{"step": 1, "tr{"step": 2}\n{"step": 3}\n')
+    states, results = scrubbed(folder)
+    assert results["damaged"] == 1 and states["metrics.jsonl"].endswith("metrics.jsonl:1 is damaged and left out")
+
+
 def test_a_whole_run_is_whole_and_its_steps_are_marked(folder):
     states, results = scrubbed(folder)
     assert states == WHOLE and results["looked_at"] == 5 and results["damaged"] == 0

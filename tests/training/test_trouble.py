@@ -424,7 +424,7 @@ REPLAYED = dataclasses.replace(SKIP, replay=True)
 def test_a_step_computed_twice_more_is_the_same_to_the_bit(tmp_path, capsys, mesh, accumulation):
     given = {"accumulation": accumulation, "steps": 5}
     replayed = run(tmp_path / "ours", Batches({3: math.nan}), REPLAYED, mesh, **given)
-    assert "step 3, computed twice more, is the same to the bit: it is the batch or the numbers" in capsys.readouterr().out
+    assert "step 3, computed twice more, is the same to the bit: no device is caught" in capsys.readouterr().out
     assert_same(replayed.state, run(tmp_path / "theirs", Batches({3: math.nan}), SKIP, mesh, **given).state)
 
 
