@@ -95,6 +95,7 @@ class Watch:
         self._data_seconds, self._told_seconds, self._looked_at = 0.0, {}, (time.monotonic(), {})
         self._verdict: dict[str, Any] | None = None
         self._known, self._ended, self._hurry = threading.Event(), threading.Event(), threading.Event()
+        self._hurry.set()  # the first beat comes at once
         self._threads: list[threading.Thread] = []
 
     @property
@@ -241,7 +242,7 @@ class Watch:
         deadline = time.monotonic() + 2 * self._pause + 1
         while time.monotonic() < deadline:
             beats = [json.loads(text) for _, text in self._client.key_value_dir_get(_BEATS)]
-            if all(beat["state"] == _LEFT or beat["pid"] in frozen for beat in beats):
+            if len(beats) == self.count and all(beat["state"] == _LEFT or beat["pid"] in frozen for beat in beats):
                 return
             time.sleep(self._pause / 4)
 
@@ -373,9 +374,13 @@ def _where(beat: dict[str, Any]) -> str:
     return f"in '{beat['phase']}'" + (f" at step {beat['step']}" if beat["step"] is not None else "")
 
 
-def _is_of_others(error: BaseException) -> bool:
-    """Whether an error says that a collective or the coordination failed, and not why."""
-    return isinstance(error, jax.errors.JaxRuntimeError) or any(word in str(error) for word in ("Gloo", "Barrier timed out"))
+def _is_of_others(error: BaseException | None) -> bool:
+    """Whether an error, or what it comes from, says that a collective or the coordination failed, and not why."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) or any(word in str(error) for word in ("Gloo", "Barrier timed out")):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _birth(pid: int) -> str | None:

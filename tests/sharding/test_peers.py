@@ -152,6 +152,12 @@ def test_a_failed_collective_is_another_process_s_fault(error, of_others):
     assert peers._is_of_others(error) == of_others
 
 
+def test_a_failed_save_that_a_failed_collective_is_the_cause_of_is_another_s_fault():
+    error = RuntimeError("saving the checkpoint failed")
+    error.__cause__ = peers.jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed")
+    assert peers._is_of_others(error)
+
+
 def test_a_frozen_process_of_this_machine_is_ended_and_no_other():
     process = subprocess.Popen(["sleep", "999"])
     os.kill(process.pid, signal.SIGSTOP)
