@@ -27,7 +27,7 @@ _EXPECTED: dict[str, tuple[set[int], set[int], str]] = {
     "sigint": ({_AGAIN}, {_AGAIN}, "stopped after step"),
     "stuck": ({_PEER}, {_PEER}, "process"),
     "raise": ({_FAILED}, {_FAILED}, "the server of the data went away"),
-    "slow data": ({_AGAIN}, {_AGAIN}, "stopped after step"),
+    "slow data": ({_AGAIN}, {_AGAIN}, "is slow: its data takes"),
     "disk full": ({_FAILED}, {_FAILED}, "No space left on device"),
     "permission lost": ({_FAILED}, {_FAILED}, "Permission denied"),
     "kill before commit": ({_KILLED}, {_PEER}, "process"),

@@ -25,7 +25,7 @@ from experiments import pretrain
 from lfm_jax.training import checkpoint, checkpoint_manifest, loop
 
 _LONG = 3600.0  # seconds; whoever is stuck is ended by others
-_SLOW = 2.0
+_SLOW_STEPS, _SLOW_SECONDS = 16, 1.0
 
 
 class Fault:
@@ -69,15 +69,9 @@ def _raise(fault: Fault) -> None:
     raise ConnectionError("the server of the data went away")
 
 
-def _slow(fault: Fault) -> None:
-    time.sleep(_SLOW)
-    os.kill(os.getpid(), signal.SIGTERM)  # or it would go on to the end
-
-
 # At the beginning of a step's data.
 IN_DATA: dict[str, Callable[[Fault], None]] = {
-    "kill": _kill, "freeze": _stop, "sigterm": _terminate, "sigint": _interrupt, "stuck": _stuck, "raise": _raise,
-    "slow data": _slow,
+    "kill": _kill, "freeze": _stop, "sigterm": _terminate, "sigint": _interrupt, "stuck": _stuck, "raise": _raise
 }  # fmt: skip
 
 
@@ -137,8 +131,9 @@ def _truncated(fault: Fault, folder: Path) -> None:
 AFTER_COMMIT: dict[str, Callable[[Fault, Path], None]] = {
     "torn write": _torn, "lost write": _lost, "flipped bit on disk": _flipped, "truncated file": _truncated,
 }  # fmt: skip
-# What else there is: in the state, in the metrics' file, when the disk takes no more, and in the text (by the campaign itself).
-OTHERS = ("flipped bit in memory", "torn metrics", "file too large", "corrupted shard")
+# What else there is: for some steps; in the state; in the metrics' file; when the disk takes no more; and in the text, which is
+# done by the campaign itself.
+OTHERS = ("slow data", "flipped bit in memory", "torn metrics", "file too large", "corrupted shard")
 KINDS = (*IN_DATA, *IN_COMMIT, *AFTER_COMMIT, *OTHERS)
 
 
@@ -146,7 +141,7 @@ class _Batches:
     """The batches of a run, with the fault among them."""
 
     def __init__(self, batches: Any, fault: Fault):
-        self._batches, self._fault = batches, fault
+        self._batches, self._fault, self._slow = batches, fault, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._batches, name)
@@ -158,6 +153,11 @@ class _Batches:
         fault, step = self._fault, self._batches.get_state()["step"] + 1
         if fault.kind in IN_DATA and fault.strikes(step):
             IN_DATA[fault.kind](fault)
+        if fault.kind == "slow data" and (fault.strikes(step) or self._slow):
+            self._slow += 1
+            time.sleep(_SLOW_SECONDS)
+            if self._slow == _SLOW_STEPS:
+                os.kill(os.getpid(), signal.SIGTERM)  # or it would go on to the end
         if fault.kind == "torn metrics" and fault.strikes(step):
             metrics = Path(_workdir()) / "metrics.jsonl"
             metrics.write_bytes(metrics.read_bytes()[: -fault.random.randrange(1, 40)])
