@@ -200,7 +200,9 @@ def _hurt(fault: Fault) -> None:
         if fault.kind in IN_COMMIT and content["step"] >= fault.step and fault.strikes(fault.step):
             IN_COMMIT[fault.kind](fault, Path(folder))
         commit(folder, content)
-        if fault.kind in AFTER_COMMIT and content["step"] >= fault.step and fault.strikes(fault.step):
+        # Of one checkpoint alone nothing is left to go back to: then a person is asked, and that is no fault to go on from.
+        others = len(list(Path(folder).parent.glob(f"*/{checkpoint_manifest.MANIFEST}"))) > 1
+        if fault.kind in AFTER_COMMIT and others and content["step"] >= fault.step and fault.strikes(fault.step):
             AFTER_COMMIT[fault.kind](fault, Path(folder))
             os.kill(os.getpid(), signal.SIGKILL)
 
