@@ -88,8 +88,8 @@ def _held_out_texts(workdir):
 def test_a_run_leaves_what_the_readme_says(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
-        "checkpoints", "config.json", "export", "loss.png", "metrics.jsonl", "model.json", "report.html", "results.json",
-        "tensorboard", "tokenizer", "tokens",
+        "checkpoints", "config.json", "export", "goodput.jsonl", "loss.png", "metrics.jsonl", "model.json", "report.html",
+        "results.json", "tensorboard", "tokenizer", "tokens",
     }  # fmt: skip
 
 
