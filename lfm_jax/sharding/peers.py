@@ -30,6 +30,8 @@ EXIT_PEER = 76  # a process was dead, frozen or stuck: the same command, again; 
 # What a process does when it waits for the others, as far as this side can see.
 WAITING = ("step", "save", "barrier")
 _BEATS, _FIRST = "lfm_jax/beat/", "lfm_jax/first/"  # of each; what process 0 tells the others
+# Words of errors that come of a process that is gone; libraries put them into errors of their own.
+_OF_OTHERS = ("Gloo", "Barrier timed out", "UNAVAILABLE", "Connection closed by peer", "Socket closed", "coordination service")
 _RAISED, _RUNNING, _LEFT = "raised", "running", "left"
 
 
@@ -377,9 +379,9 @@ def _where(beat: dict[str, Any]) -> str:
 def _is_of_others(error: BaseException | None) -> bool:
     """Whether an error, or what it comes from, says that a collective or the coordination failed, and not why."""
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError) or any(word in str(error) for word in ("Gloo", "Barrier timed out")):
+        if isinstance(error, jax.errors.JaxRuntimeError) or any(word in str(error) for word in _OF_OTHERS):
             return True
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
     return False
 
 
