@@ -105,7 +105,9 @@ class Watch:
         return min(5.0, max(0.25, self.config.silent / 12))
 
     def start(self) -> None:
-        """Begins to beat and to guard."""
+        """Begins to beat and to guard, if it has not begun."""
+        if self._threads:
+            return
         duties = [self._guard] if self._client is None else [self._beat, self._guard]
         self._threads = [threading.Thread(target=duty, name=duty.__name__, daemon=True) for duty in duties]
         for thread in self._threads:
@@ -144,6 +146,7 @@ class Watch:
         """Says that this process ends by itself, with `code`; process 0, which the others need for it, waits for them a while."""
         self._code, self._state = code, _LEFT
         if self._client is None or self._known.is_set():
+            self._ended.set()
             return
         self._hurry.set()
         deadline = time.monotonic() + 4 * self._pause + 2

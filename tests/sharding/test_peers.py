@@ -192,5 +192,11 @@ def test_without_others_an_error_keeps_its_code():
     watch.leave(0)
 
 
-def test_the_watch_of_this_process_is_quiet_until_it_is_started():
-    assert "_guard" not in {thread.name for thread in threading.enumerate()}
+def test_a_watch_has_no_threads_until_it_is_started_and_then_each_once():
+    before = set(threading.enumerate())
+    watch = Watch(WatchConfig())
+    assert set(threading.enumerate()) == before
+    for _ in range(2):
+        watch.start()
+    assert [thread.name for thread in set(threading.enumerate()) - before] == ["_guard"]
+    watch.leave(0)

@@ -299,5 +299,6 @@ def test_training_step_with_muon_compiles_on_16_chips():
     batch["loss_mask"] = array(jnp.float32)
     compiled = step.trace(abstract_state(functions, optimizer, mesh), batch).lower(lowering_platforms=("tpu",)).compile()
     assert " all-to-all(" in compiled.as_text()
-    memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes
+    memory, outputs = compiled.memory_analysis(), compiled.output_shardings
+    # All of the state stays where it was; new are the metrics, each in a tile, and a table of all results.
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes <= 512 * len(outputs[1]) + 1024

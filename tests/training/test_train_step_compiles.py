@@ -62,5 +62,6 @@ def test_training_step_with_pallas_compiles_on_16_chips(topology, chips, mesh_co
         if not sharding.is_equivalent_to(leaf.sharding, len(leaf.shape))
     ]
     assert not wrong
-    memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes
+    memory, outputs = compiled.memory_analysis(), compiled.output_shardings
+    # New are the metrics, each in a tile, and a table of all results.
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes <= 512 * len(outputs[1]) + 1024
