@@ -77,6 +77,12 @@ class _Heard(NamedTuple):
     at: float
 
 
+_NO_BEAT = {
+    "number": 0, "host": "an unknown host", "pid": None, "born": None, "phase": "preparation", "step": None, "seconds": 0.0,
+    "state": _RUNNING, "error": "", "secondary": False, "code": EXIT_PEER, "data_seconds": 0.0,
+}  # fmt: skip
+
+
 class Watch:
     """What this process is doing, and the threads that tell it and watch the others; without others, only the limits.
 
@@ -91,7 +97,9 @@ class Watch:
         self._state, self._error, self._secondary, self._code = _RUNNING, "", False, EXIT_PEER
         self._number = 0
         self._answered = self._judged_at = time.monotonic()
-        self._heard: dict[int, _Heard] = {}
+        # Of process 0, who judges: all are expected from the beginning. Of another: process 0, once it has been heard of.
+        expected = range(count) if client is not None and process == 0 else ()
+        self._heard = {index: _Heard(_NO_BEAT, self._answered) for index in expected}
         # Seconds that this process spent on data, which the others wait for; what all had spent when the figures were last asked
         # for, and when the slow were last looked for.
         self._data_seconds, self._told_seconds, self._looked_at = 0.0, {}, (time.monotonic(), {})
@@ -115,17 +123,16 @@ class Watch:
 
     @contextlib.contextmanager
     def at(self, phase: str, step: int | None = None) -> Iterator[None]:
-        """While it lasts, the process is in `phase`; then it is, anew, in what it was before."""
+        """While it lasts, the process is in `phase`; then it is, anew, in what it was before.
+
+        After an error it stays there: where it happened is what the others are told.
+        """
         before, self._activity = self._activity, _Activity(phase, step, time.monotonic())
-        try:
-            yield
-        except BaseException:
-            raise  # where it happened is what the others are told
-        else:
-            now = time.monotonic()
-            if phase == "data":
-                self._data_seconds += now - self._activity.since
-            self._activity = before._replace(since=now, step=step if step is not None else before.step)
+        yield
+        now = time.monotonic()
+        if phase == "data":
+            self._data_seconds += now - self._activity.since
+        self._activity = before._replace(since=now, step=step if step is not None else before.step)
 
     def raised(self, error: BaseException, code: int) -> int:
         """Tells the others that an error ends this process, and learns who began it; returns the code to leave with.

@@ -48,6 +48,17 @@ def test_one_that_is_silent_is_dead_or_frozen():
     assert verdict(beat(), beat(), silence={1: 59}, config=ANY_STEP) is None
 
 
+def test_one_that_never_said_a_word_is_missed_too():
+    """It died between joining and its first beat."""
+    watch = Watch(CONFIG, process=0, count=2, client=object())
+    began = watch._answered
+    watch._heard[0] = peers._Heard(beat("preparation", None), began + 61)
+    found = judge(watch._heard, 2, CONFIG, 5.0, began + 61)
+    assert found["culprits"] == [1] and found["text"].startswith("process 1 on an unknown host (pid None) was in 'preparation'")
+    assert judge(watch._heard, 2, CONFIG, 5.0, began + 59) is None
+    peers._kill_here(found["frozen"])  # nobody
+
+
 def test_a_failed_collective_makes_silence_suspicious_sooner():
     assert verdict(beat(), beat(), silence={1: 31}, config=ANY_STEP) is None
     assert verdict(raised(secondary=True), beat(), silence={1: 31}, config=ANY_STEP)["culprits"] == [1]
