@@ -11,6 +11,7 @@ and what to type then is said; with --dry_run they are printed (docs/launching.m
 """
 
 import ast
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -270,7 +271,8 @@ def main(arguments: list[str]) -> int:
     try:
         _run(arguments)
     except ConfigError as error:
-        print(f"run.py: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"run.py: {error}", file=sys.stderr)
         return _raised(error, 2)
     return 0
 
@@ -290,7 +292,8 @@ def _process() -> NoReturn:
     except KeyboardInterrupt:  # Python's own way out would wait for the others
         code = 130
     except Exception as error:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # of a log whose disk is full; the others are told all the same
+            traceback.print_exc()
         code = _raised(error, 1)
     distributed = sys.modules.get("lfm_jax.sharding.distributed")
     sys.exit(code) if distributed is None else distributed.leave(code)

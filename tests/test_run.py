@@ -1,5 +1,6 @@
 """The command line: the same command resumes, and a mistake is one paragraph that names the nearest valid choice."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -241,6 +242,22 @@ def test_a_process_ends_with_the_code_of_what_happened(calls, monkeypatch, capsy
         run._process()
     assert ended.value.code == code
     assert ("Traceback" in capsys.readouterr().err) == (code == 1)
+
+
+@pytest.mark.parametrize(("error", "code"), [(ValueError("a bug"), 1), (ConfigError("a mistake"), 2)])
+def test_a_process_that_cannot_write_to_its_log_tells_the_others_all_the_same(calls, monkeypatch, error, code):
+    def main(config, workdir):
+        raise error
+
+    told = []
+    monkeypatch.setattr(sys.modules["experiments.toy"], "main", main)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--config=toy.py", "--workdir=out"])
+    monkeypatch.setattr(run, "_raised", lambda error, code: told.append(error) or code)
+    with contextlib.suppress(OSError), open("/dev/full", "w", buffering=1) as full:  # which fails to close as well
+        monkeypatch.setattr(sys, "stderr", full)
+        with pytest.raises(SystemExit) as ended:
+            run._process()
+    assert told == [error] and ended.value.code == code
 
 
 def test_list_shows_every_config_with_its_first_line_and_imports_no_jax():

@@ -91,8 +91,9 @@ def leave(code: int) -> NoReturn:
     """
     peers.leave(code)
     if code and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # of a log whose disk is full
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

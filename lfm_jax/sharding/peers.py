@@ -226,7 +226,7 @@ class Watch:
             self._looked_at = now, _data_seconds(self._heard)
             for process, share in slow(before, self._looked_at[1], now - looked):
                 who = _who(process, self._heard[process].beat)
-                print(f"run.py: {who} is slow: its data takes {share:.0%} of the time, and the others wait", file=sys.stderr)
+                _tell(f"run.py: {who} is slow: its data takes {share:.0%} of the time, and the others wait")
         verdict = judge(self._heard, self.count, self.config, self._pause, now)
         if verdict is not None:
             self._client.key_value_set(f"{_FIRST}verdict", json.dumps(verdict), allow_overwrite=True)
@@ -298,9 +298,10 @@ class Watch:
         activity = self._activity
         mine = f"This is process {self.process} on {socket.gethostname()} (pid {os.getpid()}), {_where(activity._asdict())}."
         text = f"run.py: {text} {mine} The same command resumes from the newest checkpoint."
-        print(text, file=sys.stderr, flush=True)
+        _tell(text)
         if stacks:
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            with contextlib.suppress(OSError):
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
     def _die(self, code: int) -> NoReturn:
         with contextlib.suppress(Exception):
@@ -401,6 +402,12 @@ def _birth(pid: int) -> str | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         return None
+
+
+def _tell(text: str) -> None:
+    """To the log, if it can be written: the disk it is on may be what is full, and the others wait all the same."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _kill_here(beats: list[dict[str, Any]]) -> None:

@@ -197,6 +197,12 @@ def test_a_process_that_is_alone_and_stuck_ends_with_its_stacks():
     assert 'in wait' in ended.stderr and "<module>" in ended.stderr
 
 
+def test_who_cannot_write_to_the_log_ends_all_the_same():
+    """/dev/full is a disk without room for a byte."""
+    with open("/dev/full", "wb") as full:
+        assert subprocess.run([sys.executable, "-c", ALONE], cwd=ROOT, stderr=full, timeout=120).returncode == EXIT_PEER
+
+
 def test_without_others_an_error_keeps_its_code():
     watch = Watch(WatchConfig())
     assert watch.raised(ValueError("x"), 1) == 1
