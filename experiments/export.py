@@ -15,7 +15,7 @@ from data_pipelines import Tokenizer
 from experiments.results import write_results
 from experiments.stages import Stage, load_stage, mesh_for, model_functions
 from lfm_jax.arrays import Tokens
-from lfm_jax.generation import SamplingConfig, generate
+from lfm_jax.generation import Engine, Request, SamplingConfig
 from lfm_jax.interop import GenerationSettings, export_folder
 from lfm_jax.models import ComputeConfig, FunctionalModel
 from lfm_jax.models.functional import Tree
@@ -105,7 +105,9 @@ def _compare(config: ExportConfig, stage: Stage, folder: epath.Path) -> tuple[bo
     stop_ids = _generation(stage.tokenizer).eos_ids
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with jax.default_matmul_precision("highest"), torch.inference_mode():
-        (new,) = generate(functions, stage.config, rounded, stage.buffers, [prompt], greedy, stop_ids=stop_ids)
+        request = Request(prompt=tuple(prompt), sampling=greedy, stop_ids=stop_ids)
+        (answer,) = Engine(functions, stage.config, rounded, stage.buffers).run([request])
+        new = answer.tokens
         ids = AutoTokenizer.from_pretrained(folder)(_PROMPT, return_tensors="pt").input_ids
         continued = theirs.generate(ids, max_new_tokens=config.check_tokens)[0].tolist()
         expected = theirs(torch.tensor([prompt + new])).logits[0].numpy()

@@ -33,7 +33,7 @@ from experiments.stages import (
     write_model_config,
 )
 from lfm_jax.configuration import ConfigError, mistakes_in, to_mapping
-from lfm_jax.generation import SamplingConfig, generate
+from lfm_jax.generation import Engine, Request, SamplingConfig
 from lfm_jax.models import ComputeConfig, FunctionalModel, ModelConfig
 from lfm_jax.models.accounting import parameter_groups, training_flops_per_token
 from lfm_jax.models.functional import Tree
@@ -267,8 +267,13 @@ def _samples(config: Config, stage: Stage) -> list[dict[str, str]]:
         return []
     tokenizer = stage.tokenizer
     prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in config.prompts]
-    new = generate(
-        stage.functions, stage.config, stage.params, stage.buffers, prompts, config.sampling, stop_ids=(tokenizer.eos_id,)
-    )
-    continued = [tokenizer.decode([token for token in ids if token != tokenizer.eos_id]) for ids in new]
-    return [{"prompt": prompt, "text": text} for prompt, text in zip(config.prompts, continued, strict=True)]
+    engine = Engine(stage.functions, stage.config, stage.params, stage.buffers, decode=tokenizer.decode)
+    requests = [
+        Request(
+            prompt=tuple(prompt), stop_ids=(tokenizer.eos_id,),
+            sampling=dataclasses.replace(config.sampling, seed=config.sampling.seed + index),
+        )
+        for index, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    answers = engine.run(requests)
+    return [{"prompt": prompt, "text": answer.text} for prompt, answer in zip(config.prompts, answers, strict=True)]

@@ -21,3 +21,16 @@ def attention_reference(query: jax.Array, key: jax.Array, value: jax.Array, mask
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(batch, queries, heads, head_dim)
+
+
+def cached_attention(query: jax.Array, keys: jax.Array, values: jax.Array, mask: Mask) -> jax.Array:
+    """`attention_reference` over a cache, where a head's keys lie one after the other: keys, values: [batch, kv_heads, keys,
+    head_dim]."""
+    batch, queries, heads, head_dim = query.shape
+    kv_heads = keys.shape[1]
+    rows = query.reshape(batch, queries, kv_heads, -1, head_dim).transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, head_dim)
+    scores = jnp.einsum("bkrd,bksd->bkrs", rows, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+    visible = jnp.repeat(mask, heads // kv_heads, axis=1)[:, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(values.dtype)
+    out = jnp.einsum("bkrs,bksd->bkrd", weights, values).reshape(batch, kv_heads, queries, -1, head_dim)
+    return out.transpose(0, 2, 1, 3, 4).reshape(batch, queries, heads, head_dim)

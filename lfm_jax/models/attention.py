@@ -7,12 +7,24 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lfm_jax.arrays import Hidden
-from lfm_jax.kernels import attention, attention_reference
+from lfm_jax.kernels import attention, cached_attention
 from lfm_jax.models.cache import AttentionState, CacheBytes
 from lfm_jax.models.config import ComputeConfig, ModelConfig
 from lfm_jax.models.context import Context
 from lfm_jax.models.layers import RMSNorm, apply_rope, compute_dtype, parameter, project
 from lfm_jax.sharding import constrain
+
+
+def _stored(state: AttentionState, key: jax.Array, value: jax.Array, slots: jax.Array) -> AttentionState:
+    """With the keys and values of new tokens, [batch, seq, kv_heads, head_dim], in their slots."""
+    rows = jnp.arange(key.shape[0])[:, None]
+
+    def store(cached: jax.Array, new: jax.Array) -> jax.Array:
+        # Padding has a slot past the end, and "drop" leaves the cache as it was there.
+        cached = cached.at[rows, :, slots].set(new.astype(cached.dtype), mode="drop")
+        return constrain(cached, ("batch", "kv_heads", None, None))
+
+    return AttentionState(store(state.keys, key), store(state.values, value))
 
 
 class Attention(nnx.Module):
@@ -48,14 +60,9 @@ class Attention(nnx.Module):
         key = constrain(apply_rope(self.k_norm(heads(self.k_proj)), phases), ("batch", "seq", "kv_heads", None))
         value = constrain(heads(self.v_proj), ("batch", "seq", "kv_heads", None))
         if state is not None:
-            rows = jnp.arange(x.shape[0])[:, None]
-            # Padding has a slot past the end, and "drop" leaves the cache as it was there.
-            state = AttentionState(
-                state.keys.at[rows, context.slots].set(key.astype(state.keys.dtype), mode="drop"),
-                state.values.at[rows, context.slots].set(value.astype(state.values.dtype), mode="drop"),
-            )
+            state = _stored(state, key, value, context.slots[self.kind])
             key, value = state.keys.astype(self.dtype), state.values.astype(self.dtype)
-            out = attention_reference(query, key, value, context.masks[self.kind])
+            out = cached_attention(query, key, value, context.masks[self.kind])
         else:
             out = attention(
                 query, key, value, context.masks[self.kind], context.segment_ids,
@@ -72,9 +79,11 @@ class Attention(nnx.Module):
         return None
 
     @classmethod
-    def init_state(cls, config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> AttentionState:
-        """No token yet, and room for `capacity`."""
-        empty = jnp.zeros((batch, capacity, config.num_kv_heads, config.head_dim), dtype)
+    def init_state(cls, config: ModelConfig, batch: int, capacity: int, call: int, dtype: jnp.dtype) -> AttentionState:
+        """No token yet, and room for `capacity`, or for what a call's first token still sees once all of them are stored."""
+        window = cls.window(config)
+        slots = capacity if window is None else min(capacity, window + call - 1)
+        empty = jnp.zeros((batch, config.num_kv_heads, slots, config.head_dim), dtype)
         return AttentionState(empty, empty)
 
     @classmethod

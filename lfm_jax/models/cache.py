@@ -6,9 +6,9 @@ import jax
 
 
 class AttentionState(NamedTuple):
-    """Keys (after norm and rotation) and values; slot s holds the row's s-th token, later slots are unused.
+    """Keys (after norm and rotation) and values; the row's token p is in slot p % capacity, so that the last `capacity` stay.
 
-    keys, values: [batch, capacity, kv_heads, head_dim].
+    keys, values: [batch, kv_heads, capacity, head_dim].
     """
 
     keys: jax.Array

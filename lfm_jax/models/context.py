@@ -17,14 +17,14 @@ class Context:
     segment_ids: [batch, seq], or None when every row is one document without padding.
     masks: attention kind -> [batch, queries, keys].
     rope: attention kind -> cos and sin.
-    slots: [batch, seq] int32, cache slot of each token (the capacity for padding); None without a cache.
+    slots: attention kind -> [batch, seq] int32, cache slot of each token (the number of slots for padding); None without a cache.
     new_lengths: [batch] int32, tokens of this call in each row; None without a cache.
     """
 
     segment_ids: SegmentIds | None
     masks: dict[str, Mask]
     rope: dict[str, tuple[jax.Array, jax.Array]]
-    slots: jax.Array | None
+    slots: dict[str, jax.Array] | None
     new_lengths: jax.Array | None
 
 
@@ -57,15 +57,19 @@ def cached_context(config: ModelConfig, valid: jax.Array, cache: DecoderCache) -
     Args:
       valid: [batch, seq] bool, True for a prefix of each row.
     """
-    states = [state for state in cache.layers if isinstance(state, AttentionState)]
-    capacity = states[0].keys.shape[1] if states else 0
+    new_lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
     positions = cache.lengths[:, None] + jnp.arange(valid.shape[1])[None, :]
-    distance = positions[:, :, None] - jnp.arange(capacity)[None, None, :]
-    masks = {kind: _window(distance >= 0, distance, kind, config) for kind in _attention_kinds(config)}
+    last = (cache.lengths + new_lengths)[:, None] - 1
+    masks, slots = {}, {}
+    for kind, state in zip(config.layer_types, cache.layers, strict=True):
+        if not isinstance(state, AttentionState) or kind in masks:
+            continue
+        capacity = state.keys.shape[2]
+        # The newest position up to the row's last that slot s can hold; it is negative while the slot is unused.
+        held = last - (last - jnp.arange(capacity)[None, :]) % capacity
+        distance = positions[:, :, None] - held[:, None, :]
+        masks[kind] = _window((distance >= 0) & (held >= 0)[:, None, :], distance, kind, config)
+        slots[kind] = jnp.where(valid, positions % capacity, capacity)
     return Context(
-        segment_ids=valid.astype(jnp.int32),
-        masks=masks,
-        rope=_rope(config, positions),
-        slots=jnp.where(valid, positions, capacity),
-        new_lengths=jnp.sum(valid, axis=1, dtype=jnp.int32),
+        segment_ids=valid.astype(jnp.int32), masks=masks, rope=_rope(config, positions), slots=slots, new_lengths=new_lengths
     )

@@ -141,8 +141,8 @@ class Decoder(nnx.Module):
 
     def _continue(self, tokens: Tokens, segment_ids: SegmentIds | None, cache: DecoderCache) -> DecoderOutput:
         """Moves each row's tokens to its front, so that padding stands behind them, and the outputs back again."""
-        if segment_ids is None:
-            order, valid = None, jnp.ones(tokens.shape, bool)
+        if segment_ids is None or tokens.shape[1] == 1:
+            order, valid = None, jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
         else:
             order = jnp.argsort(segment_ids == 0, axis=1, stable=True)
             tokens = jnp.take_along_axis(tokens, order, axis=1)

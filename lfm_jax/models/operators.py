@@ -26,8 +26,11 @@ class Operator(Protocol):
         """The mixed tokens, and the continued state, which is None where none was given."""
 
     @classmethod
-    def init_state(cls, config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Any:
-        """What a row remembers before its first token, a pytree of arrays; `capacity`: the most tokens it will hold."""
+    def init_state(cls, config: ModelConfig, batch: int, capacity: int, call: int, dtype: jnp.dtype) -> Any:
+        """What a row remembers before its first token, a pytree of arrays.
+
+        capacity: the most tokens that it will be given; call: the most of them in one call.
+        """
 
     @classmethod
     def flops_per_token(cls, config: ModelConfig, seq: int, causal: bool) -> float:
@@ -45,10 +48,11 @@ OPERATORS: dict[LayerType, type[Operator]] = {
 }
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> DecoderCache:
-    """An empty cache with room for `capacity` tokens a row.
+def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, call: int | None = None) -> DecoderCache:
+    """An empty cache with room for `capacity` tokens a row, given in calls of at most `call` of them (None: any number).
 
-    Tokens beyond the capacity are not stored, and a traced program cannot say so: whoever decodes checks the length first.
+    Tokens beyond the capacity overwrite the first ones, and a traced program cannot say so: whoever decodes checks the length.
     """
-    layers = tuple(OPERATORS[kind].init_state(config, batch, capacity, dtype) for kind in config.layer_types)
+    call = capacity if call is None else call
+    layers = tuple(OPERATORS[kind].init_state(config, batch, capacity, call, dtype) for kind in config.layer_types)
     return DecoderCache(lengths=jnp.zeros(batch, jnp.int32), layers=layers)

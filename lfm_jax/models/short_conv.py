@@ -68,7 +68,7 @@ class ShortConv(nnx.Module):
         return out, state
 
     @classmethod
-    def init_state(cls, config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> ConvState:
+    def init_state(cls, config: ModelConfig, batch: int, capacity: int, call: int, dtype: jnp.dtype) -> ConvState:
         """Nothing before the first token, whatever the capacity."""
         return ConvState(jnp.zeros((batch, config.conv_width - 1, config.embed_dim), dtype))
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from lfm_jax.generation import SamplingConfig, generate
+from lfm_jax.generation import Engine, Request, SamplingConfig
 from lfm_jax.interop import GenerationSettings, export_folder, huggingface, import_folder, read_config
 from lfm_jax.models import Decoder, ModelConfig, MoEConfig, RopeConfig, functional
 from lfm_jax.sharding import MeshConfig, make_mesh, parameter_sharding
@@ -71,6 +71,13 @@ def exported(tmp_path):
     return folder
 
 
+def _continued(functions, config, params, buffers, prompts, count, stop_ids):
+    """Greedily, by our engine."""
+    sampling = SamplingConfig(max_new_tokens=count, temperature=0)
+    requests = [Request(prompt=tuple(prompt), sampling=sampling, stop_ids=stop_ids) for prompt in prompts]
+    return [answer.tokens for answer in Engine(functions, config, params, buffers).run(requests)]
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -101,8 +108,7 @@ def test_padded_vocab_export_and_never_sampled(tmp_path):
     prompt = [[1, 5, 9, 13]]
     assert np.argmax(_logits(functions, params, buffers, prompt)[0, -1]) >= 70
     theirs = _load(folder).generate(torch.tensor(prompt), attention_mask=torch.ones(1, 4), max_new_tokens=20)[0, 4:].tolist()
-    ours = generate(functions, config, params, buffers, prompt, SamplingConfig(max_new_tokens=20, temperature=0), stop_ids=(69,))
-    assert ours == [theirs]
+    assert _continued(functions, config, params, buffers, prompt, 20, (69,)) == [theirs]
     assert max(theirs) < 70
 
 
@@ -123,8 +129,7 @@ def test_unusual_architectures_generate_alike(change, tmp_path):
     folder = export_folder(config, params, buffers, tmp_path / "hf")
     prompt = [[1, 5, 9, 13]]
     theirs = _load(folder).generate(torch.tensor(prompt), attention_mask=torch.ones(1, 4), max_new_tokens=6)[0, 4:].tolist()
-    ours = generate(functions, config, params, buffers, prompt, SamplingConfig(max_new_tokens=6, temperature=0), stop_ids=(7, 2))
-    assert ours == [theirs]
+    assert _continued(functions, config, params, buffers, prompt, 6, (7, 2)) == [theirs]
     assert read_config(folder) == config
 
 
@@ -145,8 +150,7 @@ def test_greedy_batch_of_unequal_prompts_equals_transformers(name, tmp_path):
     stop_ids = (unstopped[0][4], unstopped[2][7])
     expected = [theirs(prompt, list(stop_ids)) for prompt in prompts]
     assert len(set(map(len, expected))) > 1 and min(map(len, expected)) < new
-    sampling = SamplingConfig(max_new_tokens=new, temperature=0)
-    assert generate(functions, config, params, buffers, prompts, sampling, stop_ids=stop_ids) == expected
+    assert _continued(functions, config, params, buffers, prompts, new, stop_ids) == expected
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,0 +1,300 @@
+"""The engine: whatever else it answers, an answer is that of full forward passes over its own tokens."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lfm_jax.generation import Engine, EngineConfig, LoopConfig, Request, SamplingConfig
+from lfm_jax.generation import slots as device
+from lfm_jax.models import ComputeConfig, Decoder, ModelConfig, MoEConfig, functional
+from lfm_jax.sharding import MeshConfig, make_mesh, parameter_sharding
+
+CONFIG = ModelConfig(
+    vocab_size=40, embed_dim=32, layer_types=("conv", "full_attention", "sliding_attention", "conv"), num_heads=4, num_kv_heads=2,
+    head_dim=8, mlp_dim=48, sliding_window=5, conv_width=4, context_length=128,
+)  # fmt: skip
+EXPERTS = MoEConfig(num_experts=4, experts_per_token=2, mlp_dim=24, num_dense_layers=1)
+MOE = dataclasses.replace(CONFIG, moe=EXPERTS, layer_types=("conv", "full_attention"))
+LENGTHS = (3, 1, 6, 30, 17, 3)
+NEW = 12
+GREEDY = SamplingConfig(max_new_tokens=NEW, temperature=0)
+ALL = EngineConfig()
+SMALL = EngineConfig(slots=2, prefill_chunk=8, prefill_rows=2, steps=5)
+
+
+@functools.cache
+def weights(config=CONFIG, dtype="float32"):
+    functions = functional(lambda rngs: Decoder(config, ComputeConfig(dtype=dtype), rngs=rngs))
+    params, buffers = functions.init(jax.random.key(0))
+    # Away from initialization, where the logits of a tied model merely repeat the last token.
+    params = jax.tree.map(lambda leaf: leaf + 0.2 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
+    return functions, config, params, buffers
+
+
+@functools.cache
+def forward(config=CONFIG):
+    functions, _, params, buffers = weights(config)
+
+    @jax.jit
+    def log_probs(tokens, length):
+        model = functions.bind(params, buffers)
+        hidden = jax.lax.dynamic_slice_in_dim(model(tokens).hidden, length - 1, 1, axis=1)
+        return jax.nn.log_softmax(model.logits(hidden)[0, 0])
+
+    return log_probs
+
+
+@functools.cache
+def by_full_forwards(prompt, count=NEW, config=CONFIG):
+    """Greedy tokens and their log-probabilities; what is behind a token cannot change it."""
+    tokens, found = list(prompt), []
+    for _ in range(count):
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(tokens)] = tokens
+        log_probs = forward(config)(padded, len(tokens))
+        tokens.append(int(jnp.argmax(log_probs)))
+        found.append(float(log_probs[tokens[-1]]))
+    return tokens[len(prompt) :], found
+
+
+def prompts(seed=0):
+    rng = np.random.default_rng(seed)
+    return [tuple(map(int, rng.integers(1, 40, length))) for length in LENGTHS]
+
+
+def engine(settings=ALL, config=CONFIG, **options):
+    return Engine(*weights(config), settings, **options)
+
+
+def requests(**changes):
+    return [Request(prompt=prompt, sampling=GREEDY, **changes) for prompt in prompts()]
+
+
+def check(answers, asked, config=CONFIG):
+    """Against full forward passes; log-probabilities within float32 rounding over a few layers."""
+    for answer, request in zip(answers, asked, strict=True):
+        tokens, log_probs = by_full_forwards(request.prompt, request.sampling.max_new_tokens, config)
+        assert answer.tokens == tokens and answer.finish_reason == "length"
+        np.testing.assert_allclose(answer.log_probs, log_probs, atol=2e-5)
+
+
+@pytest.mark.parametrize("settings", [ALL, SMALL, EngineConfig(slots=1, prefill_chunk=4, steps=3)])
+def test_answers_do_not_depend_on_who_else_is_answered(settings):
+    """All at once; two at a time in slots that are used again, prompts in chunks shorter than the window; one by one."""
+    check(engine(settings).run(requests()), requests())
+
+
+def test_answers_of_a_mixture_of_experts():
+    check(engine(SMALL, MOE).run(requests()), requests(), MOE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_may_be_padded_on_either_side(side):
+    functions, config, params, buffers = weights()
+    program = device.Program(functions, config, jnp.dtype(jnp.float32), 32)
+    rows = device.empty_rows(program, len(LENGTHS), 64)
+    tokens, segment_ids = np.zeros((2, len(LENGTHS), 32), np.int32)
+    for row, prompt in enumerate(prompts()):
+        place = slice(32 - len(prompt), None) if side == "left" else slice(len(prompt))
+        tokens[row, place], segment_ids[row, place] = prompt, 1
+    rows = device.prefill(program, params, buffers, rows, tokens, segment_ids)
+    logits = jax.jit(lambda hidden: functions.bind(params, buffers).logits(hidden))(rows.hidden[:, None])
+    for row, prompt in enumerate(prompts()):
+        np.testing.assert_allclose(jax.nn.log_softmax(logits[row, 0]).max(), by_full_forwards(prompt)[1][0], atol=2e-5)
+
+
+def test_requests_of_all_kinds_do_not_disturb_each_other():
+    kinds = [
+        GREEDY, dataclasses.replace(GREEDY, repetition_penalty=1.5), SamplingConfig(max_new_tokens=9, temperature=1.0, seed=5),
+        SamplingConfig(max_new_tokens=20, top_k=4, min_p=0.05, seed=6),
+        SamplingConfig(max_new_tokens=1, temperature=2.0, top_p=1.0),
+        SamplingConfig(max_new_tokens=15, repetition_penalty=0.8, top_p=0.5),
+    ]  # fmt: skip
+    asked = [
+        Request(prompt=prompt, sampling=kind, stop_ids=stops, top_log_probs=top)
+        for prompt, kind, stops, top in zip(prompts(), kinds, ((), (3,), (4, 5), (), (), (6,)), (0, 2, 0, 0, 20, 0), strict=True)
+    ]
+    together, used = engine(SMALL), engine(EngineConfig(slots=4, steps=4))
+    for answer, alone in zip(together.run(asked), [used.run([request])[0] for request in asked], strict=True):
+        assert answer.tokens == alone.tokens and answer.finish_reason == alone.finish_reason
+        np.testing.assert_allclose(answer.log_probs, alone.log_probs, atol=2e-5)
+
+
+def test_requests_that_come_later_take_slots_that_become_free():
+    """Among them longer ones, for which the slots grow while others are being answered."""
+    running, first, later = engine(EngineConfig(slots=3, steps=2)), requests()[:2], requests()[2:]
+    later = [dataclasses.replace(each, sampling=dataclasses.replace(GREEDY, max_new_tokens=34)) for each in later]
+    parts = {running.submit(request): [] for request in first}
+    for step in range(60):
+        if step == 2:
+            parts |= {running.submit(request): [] for request in later}
+        for update in running.step():
+            parts[update.request].append(update)
+    assert running.active == running.waiting == 0
+    for request, updates in zip([*first, *later], parts.values(), strict=True):
+        assert [token for update in updates for token in update.tokens] == by_full_forwards(
+            request.prompt, request.sampling.max_new_tokens
+        )[0]
+        assert [update.finish_reason for update in updates] == [None] * (len(updates) - 1) + ["length"]
+
+
+def test_samples_of_one_prompt_read_it_once_and_differ_by_their_seeds():
+    prompt, running = prompts()[3], engine(EngineConfig(slots=4))
+    sampling = SamplingConfig(max_new_tokens=NEW, temperature=1.0, top_p=1.0)
+    answers = running.run([Request(prompt=prompt, sampling=dataclasses.replace(sampling, seed=seed)) for seed in range(10)])
+    assert running.prompt_tokens_read == len(prompt)
+    assert len({tuple(answer.tokens) for answer in answers}) == 10
+    (again,) = running.run([Request(prompt=prompt, sampling=dataclasses.replace(sampling, seed=7))])
+    assert again.tokens == answers[7].tokens
+
+
+def test_log_probs_are_the_models_whatever_the_sampling():
+    prompt = prompts()[2]
+    sampling = SamplingConfig(max_new_tokens=6, temperature=1.7, top_k=9, repetition_penalty=1.4)
+    (answer,) = engine().run([Request(prompt=prompt, sampling=sampling, top_log_probs=4)])
+    for index, (token, log_prob, top) in enumerate(zip(answer.tokens, answer.log_probs, answer.top, strict=True)):
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(prompt) + index] = (*prompt, *answer.tokens[:index])
+        expected = np.asarray(forward()(padded, len(prompt) + index))
+        assert log_prob == pytest.approx(expected[token], abs=2e-5)
+        assert [index for index, _ in top] == list(np.argsort(-expected)[:4])
+        np.testing.assert_allclose([value for _, value in top], np.sort(expected)[::-1][:4], atol=2e-5)
+
+
+def test_padded_vocab_is_never_answered():
+    padded = dataclasses.replace(CONFIG, tokenizer_vocab_size=11)
+    sampling = SamplingConfig(max_new_tokens=60, temperature=5.0, top_p=1.0)
+    (answer,) = Engine(weights()[0], padded, *weights()[2:]).run([Request(prompt=(1,), sampling=sampling)])
+    assert max(answer.tokens) == 10
+
+
+@pytest.mark.parametrize("settings", [ALL, SMALL])
+def test_an_answer_ends_with_the_stop_token(settings):
+    stop = by_full_forwards(prompts()[0])[0][3]
+    for answer, request in zip(engine(settings).run(requests(stop_ids=(99, stop))), requests(), strict=True):
+        tokens, _ = by_full_forwards(request.prompt)
+        assert answer.tokens == (tokens[: tokens.index(stop) + 1] if stop in tokens else tokens)
+        assert answer.finish_reason == ("stop" if stop in tokens else "length")
+
+
+def _words(tokens):
+    return "".join(f"<{token}>" for token in tokens)
+
+
+def test_an_answer_ends_before_the_stop_string_and_its_slot_is_free():
+    tokens, _ = by_full_forwards(prompts()[0])
+    stop = f"{tokens[4]}><{tokens[5]}"
+    running = engine(EngineConfig(slots=1, steps=16), decode=_words)
+    first, second = running.run([dataclasses.replace(requests()[0], stop_strings=("zzz", stop)), requests()[1]])
+    assert first.text == _words(tokens[:12]).split(stop)[0] and first.finish_reason == "stop"
+    assert second.tokens == by_full_forwards(prompts()[1])[0] and second.text == _words(second.tokens)
+
+
+def test_an_answer_that_loops_ends_there():
+    endless = dataclasses.replace(GREEDY, max_new_tokens=100, repetition_penalty=0.01)  # what was said is said again
+    loop = LoopConfig(period=8, repeats=3, tokens=12)
+    free, ended = engine().run([Request(prompt=(1, 2), sampling=endless), Request(prompt=(1, 2), sampling=endless, loop=loop)])
+    assert free.finish_reason == "length" and ended.finish_reason == "loop"
+    assert ended.tokens == free.tokens[: len(ended.tokens)] and 12 <= len(ended.tokens) < 60
+
+
+def test_a_cancelled_request_leaves_its_slot_or_the_queue():
+    running = engine(EngineConfig(slots=1, steps=2))
+    numbers = [running.submit(request) for request in requests()[:3]]
+    running.step()
+    running.cancel(numbers[0])
+    running.cancel(numbers[1])
+    running.cancel(999)
+    ends = {}
+    for _ in range(20):
+        ends |= {update.request: update.finish_reason for update in running.step() if update.finish_reason}
+    assert ends == dict(zip(numbers, ("cancelled", "cancelled", "length"), strict=True))
+    assert running.active == running.waiting == 0 and running.step() == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"slots": 2, "prefill_chunk": 8, "steps": 5}])
+def test_a_second_turn_reads_only_what_is_new_and_equals_the_cold_run(settings):
+    running = engine(EngineConfig(prefix_bytes=1 << 20, **settings))
+    answers = running.run(requests())
+    said = [(*request.prompt, *answer.tokens, 5, 6) for request, answer in zip(requests(), answers, strict=True)]
+    turns = [Request(prompt=prompt, sampling=GREEDY) for prompt in said]
+    before = running.prompt_tokens_read
+    check(running.run(turns), turns)
+    assert running.prompt_tokens_read - before == 3 * len(turns)  # the last token of each answer had not been read
+
+
+def test_a_turn_whose_answer_was_changed_goes_on_from_the_prompt():
+    running, prompt = engine(EngineConfig(prefix_bytes=1 << 20)), prompts()[3]
+    running.run([Request(prompt=prompt, sampling=GREEDY)])
+    before, turn = running.prompt_tokens_read, Request(prompt=(*prompt, 9, 9, 9, 9), sampling=GREEDY)
+    check(running.run([turn]), [turn])
+    assert running.prompt_tokens_read - before == 4
+
+
+def test_what_was_generated_behind_a_stop_string_is_no_part_of_what_is_kept():
+    prompt, (tokens, _) = prompts()[0], by_full_forwards(prompts()[0])
+    running = engine(EngineConfig(prefix_bytes=1 << 20, steps=16), decode=_words)
+    running.run([Request(prompt=prompt, sampling=GREEDY, stop_strings=(f"<{tokens[4]}>",))])
+    for continued in ((*prompt, *tokens[:4], 7, 7), (*prompt, *tokens, 7, 7)):
+        turn = Request(prompt=continued, sampling=GREEDY)
+        check(running.run([turn]), [turn])
+
+
+def test_four_devices_answer_as_one():
+    functions, config, params, buffers = weights()
+    for sizes in ({"data": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}):
+        mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), devices=jax.devices()[:4])
+        place = lambda leaf, axes, mesh=mesh: jax.device_put(leaf, parameter_sharding(mesh, axes, leaf.shape))
+        sharded = jax.tree.map(place, params, functions.param_axes)
+        running = Engine(functions, config, sharded, buffers, EngineConfig(slots=4, prefill_chunk=16), mesh=mesh)
+        check(running.run(requests()), requests())
+
+
+def test_parameters_are_kept_in_the_type_they_are_computed_in():
+    functions, config, params, buffers = weights(dtype="bfloat16")
+    running = Engine(functions, config, params, buffers)
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(running._model[0])}
+    assert kinds == {"bfloat16", "float32"} and running._model[0]["layers"][1]["mlp"]["up"].dtype == jnp.bfloat16
+    exact = by_full_forwards(prompts()[3])[1]
+    (answer,) = running.run([Request(prompt=prompts()[3], sampling=GREEDY)])
+    assert answer.log_probs[0] == pytest.approx(exact[0], abs=0.1)  # 8 bits of mantissa through four layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": ()}, "needs at least one token"),
+        ({"prompt": (40,)}, r"must be in 0..39, got 40..40"),
+        ({"prompt": (-1, 2)}, r"must be in 0..39, got -1..2"),
+        ({"prompt": (1,) * 117}, "a prompt of 117 tokens and an answer of up to 12 do not fit into a context of 128"),
+        ({"stop_strings": ("x",)}, "stop strings need an engine with a tokenizer"),
+        ({"top_log_probs": 21}, r"top_log_probs must be in 0..20, got 21"),
+    ],
+)
+def test_requests_that_cannot_be_answered_are_refused(changes, message):
+    running = engine()
+    with pytest.raises(ValueError, match=message):
+        running.run([requests()[0], dataclasses.replace(requests()[0], **changes)])
+    assert running.waiting == 0
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(ValueError, match="a stop string is empty"):
+        engine(decode=_words).submit(requests(stop_strings=("",))[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"slots": 0}, "slots must be positive, got 0"), ({"steps": 0}, "steps must be positive"),
+        ({"context": 1}, "context must have room for a prompt and an answer, got 1"),
+        ({"prefix_bytes": -1}, "prefix_bytes must not be negative, got -1"),
+    ],
+)  # fmt: skip
+def test_bad_engine_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**settings)
