@@ -3,8 +3,9 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -15,9 +16,11 @@ from lfm_jax.generation.loops import LoopConfig, LoopDetector
 from lfm_jax.generation.prefixes import Prefixes
 from lfm_jax.generation.sampling import SamplingConfig, needs_of, settings_of
 from lfm_jax.generation.text import TextStream
+from lfm_jax.generation.weights import quantize_weights
 from lfm_jax.models import DecoderCache, FunctionalModel, ModelConfig
 from lfm_jax.models.functional import Tree
 
+Weights = Literal["float", "int8"]
 FinishReason = Literal["stop", "length", "loop", "cancelled"]
 MOST_TOP_LOG_PROBS = 20
 _LEAST_CAPACITY, _LEAST_CALL = 64, 8
@@ -32,6 +35,7 @@ class EngineConfig:
     prefill_chunk: tokens of a prompt that one call reads; longer ones take several. prefill_rows: prompts in a call.
     steps: tokens of each request between two looks at who waits and which texts have ended.
     prefix_bytes: of memory for prompts and answers that later prompts may go on from; 0: none are kept.
+    weights: matrices in the type that they are computed with, or rounded to eight bits (`lfm_jax.generation.weights`).
     """
 
     slots: int = 64
@@ -40,11 +44,14 @@ class EngineConfig:
     prefill_rows: int = 16
     steps: int = 16
     prefix_bytes: int = 0
+    weights: Weights = "float"
 
     def __post_init__(self):
         for field in ("slots", "prefill_chunk", "prefill_rows", "steps"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
+        if self.weights not in get_args(Weights):
+            raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, got {self.weights!r}")
         if self.context is not None and self.context < 2:
             raise ValueError(f"context must have room for a prompt and an answer, got {self.context}")
         if self.prefix_bytes < 0:
@@ -166,8 +173,9 @@ class Engine:
         dtype = functions.compute_dtypes["embed"]["embedding"]
         self._program = device.Program(functions, config, dtype, min(settings.prefill_chunk, self.context))
         self._mesh, self._decode = mesh, decode
+        prepare = functions.cast if settings.weights == "float" else functools.partial(quantize_weights, functions)
         with self._on_mesh():
-            self._model = jax.jit(functions.cast)(params), buffers
+            self._model = jax.jit(prepare)(params), buffers
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._read: dict[tuple[int, ...], _Read] = {}  # prompts that more requests wait with
         self._slots: device.Slots | None = None

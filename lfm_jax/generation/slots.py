@@ -188,7 +188,6 @@ def decode(
       keep: [slots] bool; the others become free first. until_free: bool, whether somebody waits for a slot.
       needs: of the requests in the slots. top: how many of the most likely tokens are told.
     """
-    model = program.functions.bind(params, buffers)
     slots = slots._replace(left=jnp.where(keep, slots.left, 0))
     count, at_first = slots.left.shape[0], jnp.sum(slots.left > 0)
     out = Chosen(
@@ -203,6 +202,9 @@ def decode(
 
     def advance(carry: tuple[jax.Array, Slots, Chosen]) -> tuple[jax.Array, Slots, Chosen]:
         step, slots, out = carry
+        # Tied to the step: or XLA would turn eight bits into floats before the loop, and read those in each step.
+        bound, _ = jax.lax.optimization_barrier((params, step))
+        model = program.functions.bind(bound, buffers)
         active = (slots.left > 0).astype(jnp.int32)
         output = model(slots.last[:, None], active[:, None], cache=slots.cache)
         slots, chosen = _choose(program, model, output.hidden[:, 0], slots._replace(cache=output.cache), needs, top)

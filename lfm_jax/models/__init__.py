@@ -6,8 +6,9 @@ from lfm_jax.models.decoder import Decoder, DecoderOutput
 from lfm_jax.models.functional import FunctionalModel, functional
 from lfm_jax.models.operators import init_cache
 from lfm_jax.models.presets import PRESETS, preset
+from lfm_jax.models.quantization import QuantizedWeight
 
 __all__ = [
     "PRESETS", "ComputeConfig", "Decoder", "DecoderCache", "DecoderOutput", "FunctionalModel", "LayerType", "MoEConfig",
-    "ModelConfig", "RopeConfig", "functional", "init_cache", "preset",
+    "ModelConfig", "QuantizedWeight", "RopeConfig", "functional", "init_cache", "preset",
 ]

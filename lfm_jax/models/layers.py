@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lfm_jax.arrays import Hidden, Positions, Tokens
 from lfm_jax.models.config import ComputeConfig, RopeConfig
-from lfm_jax.models.quantization import Matmul, quantized_tensordot
+from lfm_jax.models.quantization import Matmul, QuantizedWeight, quantized_tensordot
 from lfm_jax.sharding import constrain, map_shards, shard_index, sum_shards
 
 
@@ -137,7 +137,10 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: Tokens) -> Hidden:
-        return _look_up(self.embedding[...], tokens, self.dtype)
+        table = self.embedding[...]
+        if isinstance(table, QuantizedWeight):  # row by row: TPUs would make floats of the whole table first
+            return _rows(table.values, tokens).astype(self.dtype) * _rows(table.scale, tokens).astype(self.dtype)
+        return _look_up(table, tokens, self.dtype)
 
 
 class MLP(nnx.Module):

@@ -1,15 +1,17 @@
-"""Products of projections in eight bits, forwards and backwards, through qwix.
+"""Eight bits: weights that are kept in them, and products of projections, forwards and backwards, through qwix.
 
-What is quantised: each row of an operand, along what is summed over, by a scale of its own (its largest absolute value), when the
-product is taken; sums are int32 or float32. What is kept stays as it was: parameters, activations, and the gradients outside.
+Of a product each row of an operand is quantised, along what is summed over, by a scale of its own (its largest absolute value),
+when the product is taken; sums are int32 or float32. What is kept stays as it was: parameters, activations, and the gradients
+outside.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 Matmul = Literal["plain", "int8", "fp8"]
 # Of values and of gradients, whose range is wider (Micikevicius et al. 2022, arXiv 2209.05433).
@@ -19,6 +21,32 @@ _TYPES = {"int8": (jnp.int8, jnp.int8), "fp8": (jnp.float8_e4m3fn, jnp.float8_e5
 # The largest integer is 127. qwix scales to 127.5, half of which rounds up to what int8 has not: whether 127 or -128 comes of a
 # row's largest value would be decided by a division's last bit.
 _CALIBRATION = {"int8": f"absmax,{127.5 / 127}", "fp8": "absmax"}
+
+
+@struct.dataclass
+class QuantizedWeight:
+    """values * scale, in the place of a parameter: it becomes a matrix where the model asks for the type it computes in.
+
+    values: int8, of the parameter's shape; scale: float32, with length 1 on the axes that are summed over.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+
+    def __getitem__(self, index: Any) -> "QuantizedWeight":
+        """All of it, `[...]`, as a module reads its parameters."""
+        if index is not Ellipsis:
+            raise TypeError(f"a quantized weight is read whole, [...]; not [{index}]")
+        return self
+
+    @property
+    def T(self) -> "QuantizedWeight":
+        """The transposed matrix."""
+        return QuantizedWeight(self.values.T, self.scale.T)
+
+    def astype(self, dtype: jnp.dtype) -> jax.Array:
+        """The matrix in floating point."""
+        return self.values.astype(dtype) * self.scale.astype(dtype)
 
 
 def _product(
