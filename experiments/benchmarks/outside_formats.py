@@ -285,6 +285,52 @@ _TENSOR_CASES = {
 }  # fmt: skip
 
 
+# GGUF: the header, which is what is read here.
+
+
+def _make_gguf(folder: epath.Path) -> None:
+    import jax
+
+    from lfm_jax.interop.gguf_file import export_gguf
+    from lfm_jax.models import Decoder, ModelConfig, functional
+
+    _sentencepiece(folder)
+    config = ModelConfig(
+        vocab_size=300, embed_dim=32, layer_types=("conv", "full_attention"), num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=32
+    )
+    functions = functional(lambda rngs: Decoder(config, rngs=rngs))
+    trees = (functions.abstract_params, functions.abstract_buffers)
+    params, buffers = (jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), tree) for tree in trees)
+    export_gguf(config, params, buffers, folder / "model.gguf", tokenizer=folder / "trained")
+    (folder / "trained").rmtree()
+
+
+def _read_gguf(folder: epath.Path) -> str:
+    from lfm_jax.interop.gguf_header import read_gguf_header
+
+    header = read_gguf_header(folder / "model.gguf")
+    values = (value.tobytes() if isinstance(value, np.ndarray) else ascii(value) for value in header.metadata.values())
+    return _digest([*header.metadata, *values, ascii(header.tensors)])
+
+
+def _gguf(entry: bytes, tensors: int = 0, entries: int = 1) -> Callable[[bytes], bytes]:
+    return lambda _: b"GGUF" + struct.pack("<IQQ", 3, tensors, entries) + entry
+
+
+def _gguf_list(kind: int, count: int, data: bytes = b"") -> bytes:
+    return struct.pack("<QcIIQ", 1, b"a", 9, kind, count) + data
+
+
+_GGUF_CASES = {
+    "list_2_40": _gguf(_gguf_list(0, 1 << 40)), "list_2_61": _gguf(_gguf_list(12, 1 << 61)),
+    "empty_texts": lambda _: _gguf(_gguf_list(8, 4_000_000, bytes(32_000_000)))(b""),
+    "texts_2_40": _gguf(_gguf_list(8, 1 << 40)), "nested": _gguf(_gguf_list(9, 1, struct.pack("<IQ", 9, 1) * 10_000)),
+    "truth": lambda _: _gguf(_gguf_list(7, 100_000_000, bytes(100_000_000)))(b""), "key_2_62": _gguf(struct.pack("<Q", 1 << 62)),
+    "tensors_2_63": _gguf(b"", 1 << 63, 0), "values_2_40": _gguf(b"", 0, 1 << 40), "empty": _always(b""),
+    "shape_overflow": _gguf(struct.pack("<QcIQQIQ", 1, b"t", 2, 1 << 40, 1 << 40, 0, 0), 1, 0),
+}  # fmt: skip
+
+
 # Tokenizers and templates.
 
 
@@ -436,6 +482,7 @@ FORMATS: dict[str, Format] = {
     "lengths of a token shard": Format(_make_shards, _LENGTHS, _read_shards, True, _LENGTHS, _LENGTHS_CASES),
     "config.json": Format(_make_bare_model, "config.json", _read_model_config, False, os.sep, _CONFIG_CASES),
     "safetensors, no manifest": Format(_make_bare_model, "model.safetensors", _read_model, False, os.sep, _TENSOR_CASES),
+    "GGUF, header": Format(_make_gguf, "model.gguf", _read_gguf, False, "model.gguf", _GGUF_CASES),
     "export with its manifest": Format(_make_model, None, _read_model, True, os.sep, {}),
     "tokenizer.json": Format(
         _make_tokenizer_json, "tokenizer.json", _read_tokenizer, False, "tokenizer.json", _TOKENIZER_CASES

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from experiments.export import quiet_transformers
+from experiments.export.huggingface import quiet_transformers
 from experiments.results import write_results
 from lfm_jax.models import preset
 from lfm_jax.models.accounting import training_flops_per_token

@@ -1,10 +1,9 @@
 """Checkpoints in Hugging Face folders: export and import, a tensor at a time and without PyTorch."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -12,7 +11,16 @@ from etils import epath
 
 from lfm_jax.interop.export_manifest import MANIFEST, check_manifest, write_manifest
 from lfm_jax.interop.huggingface_config import GenerationSettings, from_config_json, to_config_json, to_generation_json
-from lfm_jax.interop.huggingface_weights import Path, Weight, weight_table
+from lfm_jax.interop.huggingface_weights import (
+    Path,
+    Weight,
+    check_parameters,
+    grouped,
+    is_buffer,
+    look_up,
+    on_host,
+    weight_table,
+)
 from lfm_jax.interop.safetensors_io import StoredTensor, TensorSpec, read_header, write_safetensors
 from lfm_jax.interop.tokenizer_json import tokenizer_json_size, write_tokenizer
 from lfm_jax.models import ModelConfig
@@ -70,14 +78,14 @@ def export_folder(
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / MANIFEST).exists())):
         raise ValueError(f"{folder} is there and is no earlier export (it has no {MANIFEST}); choose another folder")
     table = weight_table(config)
-    _check_parameters(table, params, buffers)
+    check_parameters(table, params, buffers)
     partial = folder.parent / f".{folder.name}.partial"
     if partial.exists():
         partial.rmtree()
     partial.mkdir(parents=True)
     if tokenizer is not None:
         size = write_tokenizer(tokenizer, partial, generation)
-        _check_tokenizer(config, size)
+        check_tokenizer_size(config, size)
     _write_json(partial / "config.json", to_config_json(config, generation, dtype))
     _write_json(partial / "generation_config.json", to_generation_json(config, generation))
     digests = _write_weights(table, params, buffers, partial, _DTYPES[dtype], max_shard_bytes)
@@ -141,29 +149,10 @@ def import_folder(folder: epath.PathLike, *, place: Place | None = None) -> Impo
     table = weight_table(config)
     stored = _match(table, tensors, config, folder)
     params, buffers = {}, {}
-    for path, weights in _grouped(table):
+    for path, weights in grouped(table):
         array = _assemble(weights, stored)
-        _insert(buffers if _is_buffer(path) else params, path, place(path, array))
+        _insert(buffers if is_buffer(path) else params, path, place(path, array))
     return ImportedModel(config, params, buffers)
-
-
-def _is_buffer(path: Path) -> bool:
-    return path[-1] == "expert_bias"
-
-
-def _grouped(table: list[Weight]) -> Iterator[tuple[Path, list[Weight]]]:
-    groups: dict[Path, list[Weight]] = {}
-    for weight in table:
-        groups.setdefault(weight.path, []).append(weight)
-    return iter(groups.items())
-
-
-def _lookup(tree: Tree, path: Path) -> Any:
-    for key in path:
-        if not isinstance(tree, Mapping) or key not in tree:
-            return None
-        tree = tree[key]
-    return tree
 
 
 def _insert(tree: Tree, path: Path, leaf: Any) -> None:
@@ -172,27 +161,8 @@ def _insert(tree: Tree, path: Path, leaf: Any) -> None:
     tree[path[-1]] = leaf
 
 
-def _dotted(path: Path) -> str:
-    return ".".join(map(str, path))
-
-
-def _check_parameters(table: list[Weight], params: Tree, buffers: Tree) -> None:
-    """Refuses parameters that are not exactly those of the configuration."""
-    known = set()
-    for path, weights in _grouped(table):
-        leaf = _lookup(buffers if _is_buffer(path) else params, path)
-        shape = weights[0].own_shape if weights[0].expert is None else (len(weights), *weights[0].own_shape)
-        if leaf is None or leaf.shape != shape:
-            found = "is missing" if leaf is None else f"has shape {leaf.shape}"
-            raise ValueError(f"parameter {_dotted(path)} {found}; the configuration wants shape {shape}")
-        known.add(path)
-    for leaf_path, _ in jax.tree_util.tree_flatten_with_path((params, buffers))[0]:
-        path = tuple(key.key for key in leaf_path[1:])
-        if path not in known:
-            raise ValueError(f"parameter {_dotted(path)} has no place in a Hugging Face checkpoint of this configuration")
-
-
-def _check_tokenizer(config: ModelConfig, size: int) -> None:
+def check_tokenizer_size(config: ModelConfig, size: int) -> None:
+    """Raises ValueError unless a tokenizer of so many ids is the model's."""
     wanted = config.tokenizer_vocab_size
     if size > config.vocab_size or wanted not in (None, size):
         rows = f"vocab_size {config.vocab_size}" if wanted is None else f"tokenizer_vocab_size {wanted}"
@@ -204,7 +174,7 @@ def _write_weights(
 ) -> dict[str, str]:
     """Writes the shards and their index; returns each shard's SHA-256."""
     by_name = {weight.name: weight for weight in table}
-    specs = [TensorSpec(w.name, np.dtype(np.float32) if _is_buffer(w.path) else dtype, w.shape) for w in table]
+    specs = [TensorSpec(w.name, np.dtype(np.float32) if is_buffer(w.path) else dtype, w.shape) for w in table]
     shards: list[list[TensorSpec]] = [[]]
     for spec in specs:
         if shards[-1] and sum(other.nbytes for other in shards[-1]) + spec.nbytes > max_shard_bytes:
@@ -216,7 +186,7 @@ def _write_weights(
         weight = by_name[name]
         if weight.path not in held:
             held.clear()
-            held[weight.path] = _on_host(_lookup(buffers if _is_buffer(weight.path) else params, weight.path))
+            held[weight.path] = on_host(look_up(buffers if is_buffer(weight.path) else params, weight.path))
         return weight.to_checkpoint(held[weight.path])
 
     if len(shards) == 1:
@@ -226,11 +196,6 @@ def _write_weights(
     weight_map = {spec.name: file for file, shard in zip(files, shards, strict=True) for spec in shard}
     _write_json(folder / _INDEX, {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map})
     return digests
-
-
-def _on_host(leaf: Any) -> np.ndarray:
-    """A jax.Array keeps the host copy that it was asked for as long as it lives; asked of a copy, both can go."""
-    return np.asarray(jnp.copy(leaf)) if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
 def _stored_tensors(folder: epath.Path) -> dict[str, StoredTensor]:

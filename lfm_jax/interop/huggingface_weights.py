@@ -5,13 +5,16 @@ Every parameter has one entry. PyTorch's linear layers hold [out, in] where ours
 """
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lfm_jax.interop.huggingface_config import Family, family
 from lfm_jax.models import Decoder, LayerType, ModelConfig, functional
+from lfm_jax.models.functional import Tree
 
 Path = tuple[str | int, ...]
 
@@ -147,3 +150,50 @@ def _weights(path: Path, prefix: str, entry: _Entry, shape: tuple[int, ...]) -> 
         )
         for expert in (range(shape[0]) if stacked else [None])
     ]
+
+
+def is_buffer(path: Path) -> bool:
+    """Whether the parameter is a buffer, which carries no gradient."""
+    return path[-1] == "expert_bias"
+
+
+def grouped(table: list[Weight]) -> Iterator[tuple[Path, list[Weight]]]:
+    """The tensors of each of our parameters, in the order of the table."""
+    groups: dict[Path, list[Weight]] = {}
+    for weight in table:
+        groups.setdefault(weight.path, []).append(weight)
+    return iter(groups.items())
+
+
+def look_up(tree: Tree, path: Path) -> Any:
+    """The leaf at a path; None: there is none."""
+    for key in path:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return None
+        tree = tree[key]
+    return tree
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def check_parameters(table: list[Weight], params: Tree, buffers: Tree) -> None:
+    """Refuses parameters that are not exactly those of the configuration."""
+    known = set()
+    for path, weights in grouped(table):
+        leaf = look_up(buffers if is_buffer(path) else params, path)
+        shape = weights[0].own_shape if weights[0].expert is None else (len(weights), *weights[0].own_shape)
+        if leaf is None or leaf.shape != shape:
+            found = "is missing" if leaf is None else f"has shape {leaf.shape}"
+            raise ValueError(f"parameter {_dotted(path)} {found}; the configuration wants shape {shape}")
+        known.add(path)
+    for leaf_path, _ in jax.tree_util.tree_flatten_with_path((params, buffers))[0]:
+        path = tuple(key.key for key in leaf_path[1:])
+        if path not in known:
+            raise ValueError(f"parameter {_dotted(path)} has no place in a Hugging Face checkpoint of this configuration")
+
+
+def on_host(leaf: Any) -> np.ndarray:
+    """A jax.Array keeps the host copy that it was asked for as long as it lives; asked of a copy, both can go."""
+    return np.asarray(jnp.copy(leaf)) if isinstance(leaf, jax.Array) else np.asarray(leaf)

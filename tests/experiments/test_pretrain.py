@@ -117,7 +117,7 @@ def test_evaluate_gives_the_runs_own_figures_from_the_workdir_and_from_the_expor
 def test_export_in_bfloat16_in_shards(trained, tmp_path):
     arguments = [
         "--config=configs/export.py", f"--workdir={tmp_path}", f"--config.init_from={trained}", "--config.export.dtype=bfloat16",
-        "--config.export.max_shard_bytes=20000", "--config.export.check_tokens=8",
+        "--config.export.formats=hf", "--config.export.max_shard_bytes=20000", "--config.export.check_tokens=8",
     ]  # fmt: skip
     assert run.main(arguments) == 0
     figures = results(tmp_path)

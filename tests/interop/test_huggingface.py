@@ -231,7 +231,7 @@ def test_export_and_import_stream(tmp_path, monkeypatch):
     assert total > 8 * largest
     assert _peak(lambda: export_folder(config, params, buffers, tmp_path / "hf")) < largest
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface, "_on_host", np.array)
+        patch.setattr(huggingface, "on_host", np.array)
         assert _peak(lambda: export_folder(config, params, buffers, tmp_path / "hf")) < 1.5 * largest
     assert _peak(lambda: import_folder(tmp_path / "hf", place=lambda path, array: path)) < 2.25 * largest
 

@@ -1,0 +1,178 @@
+"""Our engine's generation against transformers' and llama.cpp's: the same weights and prompts, in turns, in one run."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from experiments.benchmarks.generation_engines import ENGINES
+from experiments.benchmarks.processes import ROOT
+from experiments.results import write_results
+from lfm_jax.models import ModelConfig, preset
+from lfm_jax.models.accounting import decode_bytes_per_token, forward_flops_per_token, parameter_count
+
+_PARTS = ("prefill", "decode")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """presets: architectures, with random weights in float32; engines: of `generation_engines`; batches: prompts at a time.
+
+    prompt, new_tokens: lengths. rounds: turns of each engine, of which the first is not timed.
+    """
+
+    presets: tuple[str, ...] = ("nano", "mini")
+    engines: tuple[str, ...] = tuple(ENGINES)
+    batches: tuple[int, ...] = (1, 8, 64)
+    prompt: int = 128
+    new_tokens: int = 128
+    rounds: int = 4
+
+    def __post_init__(self):
+        for name in self.presets:
+            preset(name)  # raises where there is none
+        unknown = [engine for engine in self.engines if engine not in ENGINES]
+        if unknown:
+            raise ValueError(f"engines has {unknown[0]!r}; known are {', '.join(ENGINES)}")
+        if self.rounds < 2:
+            raise ValueError(f"rounds must be at least 2, since the first is not timed; got {self.rounds}")
+
+
+class _Engine:
+    """A process of `generation_engines`."""
+
+    def __init__(self, name: str, model: epath.Path):
+        command = [sys.executable, "-m", "experiments.benchmarks.generation_engines", name, str(model)]
+        environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", ""), "PYTHONPATH": str(ROOT)}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self._process.args[2:])} ended with {self._process.wait()}; what it said is above")
+        return json.loads(line)
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+        """See `generation_engines`."""
+        self._process.stdin.write(json.dumps({"prompts": prompts, "new_tokens": new_tokens}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def _models(config: ModelConfig, folder: epath.Path) -> dict[str, epath.Path]:
+    """Random weights, and a tokenizer for all their rows, as each engine reads them."""
+    import jax
+
+    from data_pipelines import DocumentsConfig, TokenizerConfig, read_documents, train_tokenizer
+    from experiments.stages import model_functions
+    from lfm_jax.interop import export_folder
+    from lfm_jax.interop.gguf_file import export_gguf
+    from lfm_jax.models import ComputeConfig
+
+    functions = model_functions(config, ComputeConfig())
+    params, buffers = jax.jit(functions.init)(jax.random.key(0))
+    tokenizer, hf, gguf = folder / "tokenizer", folder / "hf", folder / "model.gguf"
+    if not tokenizer.exists():
+        text = read_documents(DocumentsConfig(source="stdlib"), "train")
+        train_tokenizer(TokenizerConfig(vocab_size=config.vocab_size), text, tokenizer)
+    export_folder(config, params, buffers, hf, tokenizer=tokenizer)
+    export_gguf(config, params, buffers, gguf, tokenizer=tokenizer, type="F32")
+    return {"ours": hf, "transformers": hf, "llama_cpp": gguf}
+
+
+@contextlib.contextmanager
+def _running(engines: tuple[str, ...], models: dict[str, epath.Path]) -> Iterator[dict[str, _Engine]]:
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for name in engines:
+            running[name] = _Engine(name, models[name])
+            stack.callback(running[name].close)
+        yield running
+
+
+def _bandwidth(size: int) -> float:
+    """Bytes a second at which all cores read a matrix of so many bytes, again and again: a product with a vector."""
+    matrix = np.ones((max(1, size // 4 // 4096), 4096), np.float32)
+    vector = np.ones(4096, np.float32)
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        matrix @ vector
+        times.append(time.perf_counter() - start)
+    return matrix.nbytes / statistics.median(times)
+
+
+def _matmul_rate() -> float:
+    """FLOPs a second of a large float32 product, on all cores."""
+    left, times = np.ones((2048, 2048), np.float32), []
+    for _ in range(5):
+        start = time.perf_counter()
+        left @ left
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / statistics.median(times)
+
+
+def _rows(config: Config, name: str, model: ModelConfig, running: dict[str, _Engine]) -> list[dict[str, Any]]:
+    bandwidth, matmul = _bandwidth(4 * parameter_count(model)), _matmul_rate()
+    rng, rows = np.random.default_rng(0), []
+    for batch in config.batches:
+        prompts = rng.integers(10, model.vocab_size, (batch, config.prompt)).tolist()
+        taken: dict[str, list[tuple[float, float]]] = {engine: [] for engine in running}
+        tokens, peaks = {}, {}
+        for _ in range(config.rounds):
+            for engine, process in running.items():
+                first = process.generate(prompts, 1)
+                whole = process.generate(prompts, config.new_tokens + 1)
+                taken[engine].append((first["seconds"], whole["seconds"] - first["seconds"]))
+                tokens[engine], peaks[engine] = whole["tokens"], whole["peak_bytes"]
+        context = config.prompt + config.new_tokens / 2
+        read = (batch - 1) * (decode_bytes_per_token(model, context, 0, 4)) + decode_bytes_per_token(model, context, 4, 4)
+        floor = max(read / bandwidth, batch * forward_flops_per_token(model, int(context)) / matmul) / batch
+        for engine, seconds in taken.items():
+            prefill, decode = (statistics.median(part) for part in zip(*seconds[1:], strict=True))
+            rows.append({
+                "preset": name, "batch": batch, "engine": engine,
+                "prefill_tokens_per_second": batch * config.prompt / prefill,
+                "decode_tokens_per_second": batch * config.new_tokens / decode,
+                "of_decode_floor": floor * batch * config.new_tokens / decode,
+                "same_tokens": sum(a == b for a, b in zip(tokens[engine], tokens.get("ours", []), strict=False)),
+                "peak_bytes": peaks[engine],
+            })  # fmt: skip
+        print(*(json.dumps(row) for row in rows[-len(taken) :]), sep="\n", flush=True)
+    return rows
+
+
+def main(config: Config, workdir: epath.Path) -> None:
+    """Measures every preset at every batch, and writes the table."""
+    rows = []
+    for name in config.presets:
+        model = preset(name)
+        with _running(config.engines, _models(model, workdir / name)) as running:
+            rows += _rows(config, name, model, running)
+    write_results(workdir, {**_ratios(rows), "generation": rows}, config)
+
+
+def _ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Our rates over each other engine's."""
+    about = lambda row: (row["preset"], row["batch"], row["engine"])
+    rate = {(*about(row), what): row[f"{what}_tokens_per_second"] for row in rows for what in _PARTS}
+    return {
+        f"{preset}_batch_{batch}_{what}_over_{engine}": rate[preset, batch, "ours", what] / value
+        for (preset, batch, engine, what), value in rate.items()
+        if engine != "ours" and (preset, batch, "ours", what) in rate
+    }

@@ -1,0 +1,107 @@
+"""One engine in a process of its own: it loads a model, says so, and answers each line of JSON with a line of JSON.
+
+    python -m experiments.benchmarks.generation_engines ENGINE MODEL
+
+ENGINE is `ours` or `transformers`, with MODEL a Hugging Face folder, or `llama_cpp`, with a GGUF file. A line asks for
+{"prompts": [[ids], ...], "new_tokens": n}: all prompts, which are equally long, are continued greedily by exactly n tokens. The
+answer is {"seconds", "tokens": [[ids], ...], "peak_bytes"}.
+"""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import re
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+
+Generate = Callable[[list[list[int]], int], list[list[int]]]
+
+
+def _ours(folder: str) -> Generate:
+    import jax
+
+    from experiments.stages import model_functions
+    from lfm_jax.generation import Engine, EngineConfig, Request, SamplingConfig
+    from lfm_jax.interop import import_folder
+    from lfm_jax.models import ComputeConfig
+
+    model = import_folder(folder)
+    functions = model_functions(model.config, ComputeConfig(dtype="float32"))
+    settings = EngineConfig(context=1024, steps=64, prefill_rows=64)
+    with jax.default_matmul_precision("highest"):
+        engine = Engine(functions, model.config, model.params, model.buffers, settings)
+
+    def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        greedy = SamplingConfig(max_new_tokens=new_tokens, temperature=0)
+        return [answer.tokens for answer in engine.run([Request(prompt=tuple(ids), sampling=greedy) for ids in prompts])]
+
+    return generate
+
+
+def _transformers(folder: str) -> Generate:
+    from experiments.export.huggingface import quiet_transformers
+
+    quiet_transformers()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        ids = torch.tensor(prompts)
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
+                pad_token_id=0,
+            )  # fmt: skip
+        return out[:, ids.shape[1] :].tolist()
+
+    return generate
+
+
+def _llama_cpp(file: str) -> Generate:
+    import xllamacpp
+
+    most = 64
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_gpu_layers, params.n_parallel, params.n_ctx = file, 0, most, most * 1024
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count()
+    params.n_threads_http = most + 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.verbosity = 0
+    server = xllamacpp.Server(params)
+
+    def complete(prompt: list[int], new_tokens: int) -> list[int]:
+        settings = {"n_predict": new_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False, "return_tokens": True}
+        body = json.dumps({"prompt": prompt, **settings}).encode()
+        asked = urllib.request.Request(server.listening_address + "/completion", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked) as response:
+            return json.loads(response.read())["tokens"]
+
+    pool = concurrent.futures.ThreadPoolExecutor(most)
+    return lambda prompts, new_tokens: list(pool.map(lambda prompt: complete(prompt, new_tokens), prompts))
+
+
+ENGINES = {"ours": _ours, "transformers": _transformers, "llama_cpp": _llama_cpp}
+
+
+def main(engine: str, model: str) -> None:
+    """Answers until its input ends."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not an answer
+    generate = ENGINES[engine](model)
+    print("{}", file=out, flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        start = time.perf_counter()
+        tokens = generate(asked["prompts"], asked["new_tokens"])
+        seconds = time.perf_counter() - start
+        (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+        print(json.dumps({"seconds": seconds, "tokens": tokens, "peak_bytes": 1024 * int(peak)}), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
