@@ -301,6 +301,7 @@ class _Run:
     def _save(self, score: float | None) -> None:
         self._compare()
         with self._at("save", self.step):
+            self.record.sync()
             self._checkpoints.save(
                 self.state, data_state=self._parts.batches.get_state(), loop_state=self._watchman.get_state(),
                 config=self._run_config, score=score,

@@ -106,6 +106,11 @@ class Record:
         self._progress.print(f"step {step}: held-out {shown}")
         self._since, self._tokens = time.monotonic(), 0.0
 
+    def sync(self) -> None:
+        """See `MetricsWriter.sync`."""
+        if self._writer is not None:
+            self._writer.sync()
+
     def close(self) -> None:
         """Closes the files."""
         if self._writer is not None:

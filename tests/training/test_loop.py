@@ -1,6 +1,7 @@
 """The training loop: stopped and resumed it is the same run, and what goes wrong is said."""
 
 import dataclasses
+import json
 import os
 import signal
 
@@ -11,7 +12,15 @@ import pytest
 
 from lfm_jax.models import Decoder, ModelConfig, functional
 from lfm_jax.sharding import MeshConfig, make_mesh
-from lfm_jax.training import LossConfig, OptimizerConfig, TrainConfig, make_optimizer, next_token_objective, train
+from lfm_jax.training import (
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+    checkpoint_manifest,
+    make_optimizer,
+    next_token_objective,
+    train,
+)
 from lfm_jax.training.metrics import is_of_the_machine, read_metrics
 from lfm_jax.training.stopping import Interrupted, stop_requests
 from lfm_jax.training.trouble import TrainingDiverged
@@ -207,3 +216,25 @@ def test_model_flops_utilization_is_flops_over_the_peak_of_all_devices(tmp_path,
 def test_a_count_below_one_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         TrainConfig(**{"steps": 1, name: 0})
+
+
+def test_the_record_up_to_a_checkpoint_is_safe_before_the_checkpoint_is(tmp_path, monkeypatch):
+    """What has not been synced is gone with the power, and behind a checkpoint nothing comes again."""
+    safe, held = [0], []
+
+    def fsync(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("/metrics.jsonl"):
+            safe.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    commit = checkpoint_manifest.commit
+
+    def committed(folder, content):
+        last = max(safe)
+        records = (tmp_path / "metrics.jsonl").read_bytes()[:last].splitlines()
+        held.append((content["step"], json.loads(records[-1])["step"]))
+        commit(folder, content)
+
+    monkeypatch.setattr(checkpoint_manifest, "commit", committed)
+    run(tmp_path)
+    assert [step for step, _ in held] == [4, 8, 12] and all(record >= step for step, record in held)

@@ -200,6 +200,8 @@ def test_a_bucket_is_sent_the_file_now_and_then(bucket, clock):
         clock(1.0)
     assert [record["step"] for record in read_metrics(bucket)] == list(range(1, 92))  # sent at 1, 31, 61 and 91
     assert len(_Bucket.sent) == 1 + 4
+    writer.sync()
+    assert len(read_metrics(bucket)) == 100
     writer.close()
     assert len(read_metrics(bucket)) == 100
 

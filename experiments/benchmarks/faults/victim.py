@@ -159,8 +159,7 @@ class _Batches:
             if self._slow == _SLOW_STEPS:
                 os.kill(os.getpid(), signal.SIGTERM)  # or it would go on to the end
         if fault.kind == "torn metrics" and fault.strikes(step):
-            metrics = Path(_workdir()) / "metrics.jsonl"
-            metrics.write_bytes(metrics.read_bytes()[: -fault.random.randrange(1, 40)])
+            _tear_metrics(fault, Path(_workdir()))
             os.kill(os.getpid(), signal.SIGKILL)
         if fault.kind == "file too large" and fault.strikes(step):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -169,6 +168,16 @@ class _Batches:
         if step in fault.nan_steps:
             batch = {**batch, "loss_mask": batch["loss_mask"] * np.float32(np.nan)}
         return batch
+
+
+def _tear_metrics(fault: Fault, workdir: Path) -> None:
+    """As when the power goes: what was written since the newest checkpoint may be gone, and of a line there may be a half."""
+    metrics = workdir / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    newest = max((int(path.parent.name) for path in workdir.glob("checkpoints/*/manifest.json")), default=0)
+    safe = b"".join(line for line in lines if json.loads(line)["step"] <= newest)
+    rest = metrics.read_bytes()[len(safe) :] or lines[-1]
+    metrics.write_bytes(safe + rest[: fault.random.randrange(len(rest))])
 
 
 def _workdir() -> str:
