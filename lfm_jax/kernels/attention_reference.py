@@ -24,13 +24,23 @@ def attention_reference(query: jax.Array, key: jax.Array, value: jax.Array, mask
 
 
 def cached_attention(query: jax.Array, keys: jax.Array, values: jax.Array, mask: Mask) -> jax.Array:
-    """`attention_reference` over a cache, where a head's keys lie one after the other: keys, values: [batch, kv_heads, keys,
-    head_dim]."""
+    """`attention_reference` over a cache, in layouts that products of few rows read straight through.
+
+    With [keys, head_dim] for the keys as well, XLA on CPUs takes nine times as long for the scores (docs/log.md, 2026-11-26).
+
+    Args:
+      query: [batch, queries, heads, head_dim]; keys: [batch, kv_heads, head_dim, keys];
+      values: [batch, kv_heads, keys, head_dim].
+      mask: [batch, queries, keys].
+    """
     batch, queries, heads, head_dim = query.shape
     kv_heads = keys.shape[1]
     rows = query.reshape(batch, queries, kv_heads, -1, head_dim).transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, head_dim)
-    scores = jnp.einsum("bkrd,bksd->bkrs", rows, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = jnp.einsum("bkrd,bkds->bkrs", rows, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
     visible = jnp.repeat(mask, heads // kv_heads, axis=1)[:, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(values.dtype)
-    out = jnp.einsum("bkrs,bksd->bkrd", weights, values).reshape(batch, kv_heads, queries, -1, head_dim)
+    scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    out = jnp.einsum("bkrs,bksd->bkrd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    out = (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(values.dtype)
+    out = out.reshape(batch, kv_heads, queries, -1, head_dim)
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, queries, heads, head_dim)

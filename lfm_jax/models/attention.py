@@ -18,13 +18,11 @@ from lfm_jax.sharding import constrain
 def _stored(state: AttentionState, key: jax.Array, value: jax.Array, slots: jax.Array) -> AttentionState:
     """With the keys and values of new tokens, [batch, seq, kv_heads, head_dim], in their slots."""
     rows = jnp.arange(key.shape[0])[:, None]
-
-    def store(cached: jax.Array, new: jax.Array) -> jax.Array:
-        # Padding has a slot past the end, and "drop" leaves the cache as it was there.
-        cached = cached.at[rows, :, slots].set(new.astype(cached.dtype), mode="drop")
-        return constrain(cached, ("batch", "kv_heads", None, None))
-
-    return AttentionState(store(state.keys, key), store(state.values, value))
+    # Padding has a slot past the end, and "drop" leaves the cache as it was there.
+    keys = state.keys.at[rows, :, :, slots].set(key.astype(state.keys.dtype), mode="drop")
+    values = state.values.at[rows, :, slots].set(value.astype(state.values.dtype), mode="drop")
+    sharded = lambda cached: constrain(cached, ("batch", "kv_heads", None, None))
+    return AttentionState(sharded(keys), sharded(values))
 
 
 class Attention(nnx.Module):
@@ -83,8 +81,8 @@ class Attention(nnx.Module):
         """No token yet, and room for `capacity`, or for what a call's first token still sees once all of them are stored."""
         window = cls.window(config)
         slots = capacity if window is None else min(capacity, window + call - 1)
-        empty = jnp.zeros((batch, config.num_kv_heads, slots, config.head_dim), dtype)
-        return AttentionState(empty, empty)
+        heads, width = config.num_kv_heads, config.head_dim
+        return AttentionState(jnp.zeros((batch, heads, width, slots), dtype), jnp.zeros((batch, heads, slots, width), dtype))
 
     @classmethod
     def flops_per_token(cls, config: ModelConfig, seq: int, causal: bool) -> float:

@@ -64,7 +64,7 @@ def cached_context(config: ModelConfig, valid: jax.Array, cache: DecoderCache) -
     for kind, state in zip(config.layer_types, cache.layers, strict=True):
         if not isinstance(state, AttentionState) or kind in masks:
             continue
-        capacity = state.keys.shape[2]
+        capacity = state.keys.shape[3]
         # The newest position up to the row's last that slot s can hold; it is negative while the slot is unused.
         held = last - (last - jnp.arange(capacity)[None, :]) % capacity
         distance = positions[:, :, None] - held[:, None, :]
