@@ -7,8 +7,8 @@ slow, told to stop, a full disk, torn, lost and flipped writes, a flipped bit in
 after each the same command is given again. Some batches are not numbers, and their updates are left out. At the end weights,
 optimizer, place in the data and every logged figure must be those of a run that nothing happened to, to the bit: `identical`. A
 seed and a commit give the same faults again. Writes what became of each to faults.jsonl, and a table: seconds from the fault to
-the end of the last process, whether it was told, and exit codes. 76 faults take half an hour on two cores
-with other work on them; interrupted, it goes on.
+the end of the last process, whether it was told, and exit codes. 200 take over an hour on two cores, with
+other work on them longer, and then want `--config.stay=14`; interrupted, it goes on.
 """
 
 from ml_collections import ConfigDict
