@@ -1,0 +1,120 @@
+"""From messages to ids by a chat template: its symbols become symbols, and whatever messages spell stays text."""
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from data_pipelines import Tokenizer
+from data_pipelines.tokenization.tokenizer import SYMBOLS
+from experiments.serve.requests import RequestError, strings
+from lfm_jax.interop.chat_template import render
+from lfm_jax.interop.tokenizer_json import CHAT_TEMPLATE
+
+_PAD, _BOS, _EOS = SYMBOLS[:3]
+_TURN, _END = "<|im_start|>", "<|im_end|>"
+_ASSISTANT = "assistant\n"
+_PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+_MOST_SETTINGS_BYTES = 1 << 24
+
+
+class ChatFormat:
+    """Of a model. symbols: spelling of each symbol that the tokenizer has: its id. stop_ids: an assistant's turn ends by one."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str = CHAT_TEMPLATE, special_tokens: Mapping[str, str] | None = None):
+        """special_tokens: by the names that the template uses, as in `render`; without them, those of LFM2."""
+        self._tokenizer, self._template = tokenizer, template
+        self._special_tokens = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": _PAD} | dict(special_tokens or {})
+        self.symbols = {_BOS: tokenizer.bos_id, _EOS: tokenizer.eos_id, _PAD: tokenizer.pad_id}
+        for symbol in SYMBOLS[3:]:
+            try:
+                self.symbols[symbol] = tokenizer.symbol_id(symbol)
+            except ValueError:  # then it is text in the template, too
+                continue
+        self._pattern = re.compile("(" + "|".join(map(re.escape, self.symbols)) + ")")
+        self.stop_ids = tuple(dict.fromkeys(self.symbols[symbol] for symbol in (_END, _EOS) if symbol in self.symbols))
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> tuple[int, ...]:
+        """The ids up to where the assistant begins, behind one beginning-of-text. Takes 0.1 seconds: a process is started.
+
+        Raises:
+          RequestError: the template refuses the messages, or takes too long over them.
+        """
+        used = set().union(*strings([messages, tools]))
+        mark = next((chr(code) for code in itertools.chain(*_PRIVATE) if chr(code) not in used), None)
+        if mark is None:
+            raise RequestError("the messages use every private-use character of Unicode; leave one out", "messages")
+        try:
+            text = render(
+                self._template, _broken(messages, mark), tools=_broken(tools, mark) or None, add_generation_prompt=True,
+                special_tokens=self._special_tokens, name="the chat template",
+            )  # fmt: skip
+        except ValueError as error:
+            raise RequestError(str(error).replace(mark, ""), "messages") from error
+        pieces = [piece for piece in self._pieces(text, mark) if piece]
+        encoded = iter(self._tokenizer.encode_batch([piece for piece in pieces if piece not in self.symbols], threads=1))
+        ids = [index for piece in pieces for index in ([self.symbols[piece]] if piece in self.symbols else next(encoded))]
+        bos = self._tokenizer.bos_id
+        return (bos, *(index for index in ids if index != bos))
+
+    def _pieces(self, text: str, mark: str) -> list[str]:
+        """Symbols as they are, and the text between them."""
+        pieces, before = [], ""
+        for piece in self._pattern.split(text):
+            if before == _TURN and piece.startswith(_ASSISTANT):
+                # A model's words begin with a token of their own when it says them, and so they do when it is told of them.
+                pieces.append(_ASSISTANT)
+                piece = piece.removeprefix(_ASSISTANT)
+            pieces.append(piece if piece in self.symbols else _unmarked(piece, mark))
+            before = piece
+        return pieces
+
+
+def _broken(value: Any, mark: str) -> Any:
+    """No text in it begins or ends a symbol: the template alone can spell one."""
+    if isinstance(value, str):
+        return value.replace("<|", f"<{mark}|").replace("|>", f"|{mark}>")
+    if isinstance(value, Mapping):
+        return {_broken(name, mark): _broken(item, mark) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_broken(item, mark) for item in value]
+    return value
+
+
+def _unmarked(piece: str, mark: str) -> str:
+    return piece.replace(mark, "")
+
+
+def read_chat_format(tokenizer: Tokenizer, path: epath.Path) -> ChatFormat:
+    """That of a tokenizer's file or folder: chat_template.jinja, or the one in tokenizer_config.json, or else LFM2's.
+
+    Raises:
+      ValueError: a tokenizer_config.json that cannot be used.
+    """
+    folder = path if path.is_dir() else path.parent
+    settings = _settings(folder / "tokenizer_config.json")
+    template = settings.get("chat_template", CHAT_TEMPLATE)
+    if isinstance(template, list):  # several by name
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get("default")
+    if (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text()
+    if not isinstance(template, str):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is no text; give a template, or remove the entry")
+    special = {name: settings.get(name) for name in ("bos_token", "eos_token", "pad_token")}
+    special = {name: token.get("content") if isinstance(token, dict) else token for name, token in special.items()}
+    return ChatFormat(tokenizer, template, {name: token for name, token in special.items() if isinstance(token, str)})
+
+
+def _settings(file: epath.Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_bytes()) if file.stat().length <= _MOST_SETTINGS_BYTES else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is no JSON object of at most {_MOST_SETTINGS_BYTES} bytes; it is damaged")
+    return content
