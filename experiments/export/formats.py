@@ -141,7 +141,9 @@ def _run_gguf(material: Material, file: epath.Path) -> Row:
     if answers.ids != expected:
         wrong = next(part for part, ours, theirs in zip(_TEXTS, expected, answers.ids, strict=True) if ours != theirs)
         raise ValueError(f"{file}: llama.cpp makes other ids of {wrong!r} than the tokenizer that the model was trained with")
-    log_probs = jax.nn.log_softmax(material.reference.logits, axis=-1)
+    # Rows of the vocabulary without a token are not in the file, and have no probability there.
+    known = jnp.asarray(material.reference.logits)[:, : material.stage.tokenizer.vocab_size]
+    log_probs = jax.nn.log_softmax(known, axis=-1)
     ours = np.asarray(log_probs)[np.arange(len(text) - 1), text[1:]]
     pairs = zip([*answers.continuations[0], None], [*new, -1], strict=False)
     same = next(index for index, (theirs, token) in enumerate(pairs) if theirs != token)

@@ -266,6 +266,8 @@ class _Run:
                 figures = evaluate(self.state.params, self.state.buffers)
             self.record.evaluated(self.step, figures)
         if saving:
+            with self._at("save", self.step):
+                self.record.sync()
             self._save(figures.get(config.best_by))
         elif self.step % config.compare_replicas_every == 0:
             self._compare()
@@ -301,7 +303,6 @@ class _Run:
     def _save(self, score: float | None) -> None:
         self._compare()
         with self._at("save", self.step):
-            self.record.sync()
             self._checkpoints.save(
                 self.state, data_state=self._parts.batches.get_state(), loop_state=self._watchman.get_state(),
                 config=self._run_config, score=score,

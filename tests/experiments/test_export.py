@@ -47,10 +47,14 @@ def _stage(config, tokenizer, folder):
 def test_every_format_runs_in_its_runtime_and_agrees(name, tokenizer, tmp_path, capsys):
     stage = _stage(MODELS[name], tokenizer, tmp_path / "stage")
     command = ["--config=configs/export.py", f"--workdir={tmp_path / 'run'}", f"--config.init_from={stage}"]
-    assert run.main([*command, "--config.export.capacity=64", "--config.export.check_tokens=16"]) == 0
+    # Each ExecuTorch file takes half a minute; tests/interop has more of them.
+    types = "none,8da4w" if name == "tied" else "none"
+    small = ["--config.export.capacity=64", "--config.export.check_tokens=16", f"--config.export.executorch_types={types}"]
+    assert run.main([*command, *small]) == 0
     figures = json.loads((tmp_path / "run" / "results.json").read_text())
     rows = {row["file"].rpartition("/")[2]: row for row in figures["exports"] if row["runtime"]}
-    assert set(rows) == EXACT | ROUNDED and figures["hf_greedy_agrees"]
+    expected = EXACT | ROUNDED if name == "tied" else EXACT | ROUNDED - {"model-8da4w.pte"}
+    assert set(rows) == expected and figures["hf_greedy_agrees"]
     for file, row in rows.items():
         assert row["bytes"] == (tmp_path / "run" / row["file"]).stat().st_size
         if file in EXACT:
@@ -60,7 +64,8 @@ def test_every_format_runs_in_its_runtime_and_agrees(name, tokenizer, tmp_path, 
     assert rows["model-Q4_0.gguf"]["bytes"] < rows["model-Q8_0.gguf"]["bytes"] < rows["model-F32.gguf"]["bytes"]
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert all(f"{row['file']} |" in card for row in rows.values()) and "1 conv, 1 full_attention" in card
-    assert "model-8da4w.pte" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(runtime in shown for runtime in ("llama.cpp", "ExecuTorch", "onnxruntime", "jax.export"))
 
 
 def test_an_unknown_type_is_told_in_one_paragraph(tokenizer, tmp_path, capsys):
