@@ -271,7 +271,7 @@ def _samples(config: Config, stage: Stage) -> list[dict[str, str]]:
     requests = [
         Request(
             prompt=tuple(prompt), stop_ids=(tokenizer.eos_id,),
-            sampling=dataclasses.replace(config.sampling, seed=config.sampling.seed + index),
+            sampling=dataclasses.replace(config.sampling, seed=(config.sampling.seed + index) % (1 << 32)),
         )
         for index, prompt in enumerate(prompts)
     ]  # fmt: skip

@@ -31,12 +31,13 @@ def _ours(folder: str) -> Generate:
     model = import_folder(folder)
     functions = model_functions(model.config, ComputeConfig(dtype="float32"))
     settings = EngineConfig(context=1024, steps=64, prefill_rows=64)
-    with jax.default_matmul_precision("highest"):
-        engine = Engine(functions, model.config, model.params, model.buffers, settings)
+    engine = Engine(functions, model.config, model.params, model.buffers, settings)
 
     def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         greedy = SamplingConfig(max_new_tokens=new_tokens, temperature=0)
-        return [answer.tokens for answer in engine.run([Request(prompt=tuple(ids), sampling=greedy) for ids in prompts])]
+        requests = [Request(prompt=tuple(ids), sampling=greedy) for ids in prompts]
+        with jax.default_matmul_precision("highest"):  # float32, as the others compute in
+            return [answer.tokens for answer in engine.run(requests)]
 
     return generate
 

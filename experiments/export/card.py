@@ -57,5 +57,5 @@ def _trained(stage: Stage) -> list[str]:
     lines = [] if stage.step is None else [f"It is the checkpoint of step {stage.step}."]
     if stage.step is not None and results.exists():
         found = read_results(results.parent)
-        lines += [f"{name}: {found[name]:.4g}." for name in ("bits_per_byte", "perplexity", "train_tokens") if name in found]
+        lines += [f"{name}: {found[name]:,.10g}." for name in ("bits_per_byte", "nll_per_token", "tokens_trained") if name in found]
     return lines

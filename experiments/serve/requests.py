@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lfm_jax.configuration import nearest
-from lfm_jax.generation import LoopConfig, Request, SamplingConfig
+from lfm_jax.generation import MOST_TOP_LOG_PROBS, LoopConfig, Request, SamplingConfig
 
 MOST_DEPTH = 32
 MOST_MESSAGES, MOST_TOOLS, MOST_STOPS, MOST_STOP_CHARACTERS = 1024, 128, 4, 256
-MOST_TOP_LOG_PROBS = 20
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _COMPLETION_TOKENS = 16  # OpenAI's, where a completion does not say how many
 _LEAST_TEMPERATURE = 1e-5  # but for 0; logits divided by less may leave float32

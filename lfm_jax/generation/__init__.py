@@ -1,11 +1,11 @@
 """Text from a trained model: sampling, and the engine that answers many requests together."""
 
-from lfm_jax.generation.engine import Completion, Engine, EngineConfig, FinishReason, Request, Update
+from lfm_jax.generation.engine import MOST_TOP_LOG_PROBS, Completion, Engine, EngineConfig, FinishReason, Request, Update
 from lfm_jax.generation.loops import LoopConfig, LoopDetector
 from lfm_jax.generation.sampling import SamplingConfig
 from lfm_jax.generation.text import TextStream
 
 __all__ = [
-    "Completion", "Engine", "EngineConfig", "FinishReason", "LoopConfig", "LoopDetector", "Request", "SamplingConfig",
-    "TextStream", "Update",
+    "MOST_TOP_LOG_PROBS", "Completion", "Engine", "EngineConfig", "FinishReason", "LoopConfig", "LoopDetector", "Request",
+    "SamplingConfig", "TextStream", "Update",
 ]

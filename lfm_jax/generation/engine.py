@@ -374,7 +374,7 @@ class Engine:
         rows = self._read[requests[0].prompt].rows
         self._slots, chosen = device.insert(
             self._program, *self._model, self._slots, rows, source, target, entry,
-            needs=needs_of([request.sampling for request in requests]), top=_top(requests),
+            needs=needs_of([request.sampling for request in requests]), top=_top(requests, self.config.vocab_size),
         )  # fmt: skip
         chosen, updates = jax.tree.map(lambda array: np.asarray(array)[None], chosen), []
         for row, (slot, number, request) in enumerate(group):
@@ -390,7 +390,7 @@ class Engine:
         keep = np.array([answer is not None for answer in self._answers])
         self._slots, chosen = device.decode(
             self._program, *self._model, self._slots, keep, np.bool_(bool(self._waiting)), steps=self.settings.steps,
-            needs=needs_of([request.sampling for request in requests]), top=_top(requests),
+            needs=needs_of([request.sampling for request in requests]), top=_top(requests, self.config.vocab_size),
         )  # fmt: skip
         chosen = jax.tree.map(np.asarray, chosen)
         return [
@@ -421,9 +421,9 @@ def _bucket(number: int, least: int) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
-def _top(requests: Sequence[Request]) -> int:
+def _top(requests: Sequence[Request], vocab_size: int) -> int:
     """One of two sizes, for the same reason."""
-    return MOST_TOP_LOG_PROBS if any(request.top_log_probs for request in requests) else 0
+    return min(MOST_TOP_LOG_PROBS, vocab_size) if any(request.top_log_probs for request in requests) else 0
 
 
 def _cancelled(number: int) -> Update:

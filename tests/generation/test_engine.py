@@ -163,6 +163,13 @@ def test_log_probs_are_the_models_whatever_the_sampling():
         np.testing.assert_allclose([value for _, value in top], np.sort(expected)[::-1][:4], atol=2e-5)
 
 
+def test_of_a_small_vocabulary_all_tokens_may_be_told():
+    small = dataclasses.replace(CONFIG, vocab_size=12)
+    (answer,) = engine(config=small).run([Request(prompt=(1, 2), sampling=GREEDY, top_log_probs=12)])
+    assert all(sorted(index for index, _ in top) == list(range(12)) for top in answer.top)
+    np.testing.assert_allclose([sum(np.exp([value for _, value in top])) for top in answer.top], 1, atol=1e-5)
+
+
 def test_padded_vocab_is_never_answered():
     padded = dataclasses.replace(CONFIG, tokenizer_vocab_size=11)
     sampling = SamplingConfig(max_new_tokens=60, temperature=5.0, top_p=1.0)
