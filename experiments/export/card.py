@@ -57,5 +57,6 @@ def _trained(stage: Stage) -> list[str]:
     lines = [] if stage.step is None else [f"It is the checkpoint of step {stage.step}."]
     if stage.step is not None and results.exists():
         found = read_results(results.parent)
-        lines += [f"{name}: {found[name]:,.10g}." for name in ("bits_per_byte", "nll_per_token", "tokens_trained") if name in found]
+        names = ("bits_per_byte", "nll_per_token", "tokens_trained")
+        lines += [f"{name}: {found[name]:,.6g}." for name in names if name in found]
     return lines
