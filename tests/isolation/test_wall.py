@@ -357,9 +357,11 @@ def test_an_attack_succeeds_where_there_is_no_wall(attack, tmp_path, host):
 
 
 def test_the_host_sees_what_is_left_behind(host):
-    with subprocess.Popen(["sleep", host.number]) as process:
+    talks = ["sh", "-c", "echo started; read line", host.number]  # a process has no command line yet while it is started
+    with subprocess.Popen(talks, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         box = tempfile.mkdtemp()
         try:
+            process.stdout.readline()
             assert host.breaches() == [f"process {process.pid} is left", f"{box} is left"]
         finally:
             process.kill()
