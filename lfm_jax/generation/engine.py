@@ -329,7 +329,7 @@ class Engine:
         """
         penalty = any(request.sampling.repetition_penalty != 1 for request in requests)
         stop_ids = max(len(request.stop_ids) for request in requests)
-        capacity = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
+        capacity = max(_room(request, request.sampling.max_new_tokens) for request in requests)
         old, taken = self._slots, [index for index, answer in enumerate(self._answers) if answer is not None]
         if old is None or not taken:
             old = None
@@ -384,12 +384,15 @@ class Engine:
 
     def _advance(self) -> list[Update]:
         """Up to `steps` tokens of each answer."""
-        requests = [answer.request for answer in self._answers if answer is not None]
-        if not requests:
+        answers = [answer for answer in self._answers if answer is not None]
+        if not answers:
             return []
+        requests = [answer.request for answer in answers]
         keep = np.array([answer is not None for answer in self._answers])
+        longest = max(_room(answer.request, len(answer.tokens) + self.settings.steps) for answer in answers)
         self._slots, chosen = device.decode(
             self._program, *self._model, self._slots, keep, np.bool_(bool(self._waiting)), steps=self.settings.steps,
+            reach=min(_bucket(longest, _LEAST_CAPACITY), self._capacity),
             needs=needs_of([request.sampling for request in requests]), top=_top(requests, self.config.vocab_size),
         )  # fmt: skip
         chosen = jax.tree.map(np.asarray, chosen)
@@ -414,6 +417,11 @@ class Engine:
     def _keep(self, tokens: Sequence[int], cache: DecoderCache, row: int) -> None:
         capacity = min(_bucket(len(tokens), _LEAST_CAPACITY), self.context)
         self.prefixes.keep(tokens, device.take_row(self._program, cache, np.int32(row), capacity))
+
+
+def _room(request: Request, tokens: int) -> int:
+    """For a prompt and as many tokens of its answer, of which the last is not in the cache."""
+    return len(request.prompt) + min(tokens, request.sampling.max_new_tokens) - 1
 
 
 def _bucket(number: int, least: int) -> int:

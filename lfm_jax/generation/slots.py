@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lfm_jax.arrays import SegmentIds, Tokens
 from lfm_jax.generation.sampling import Needs, Settings, choose
 from lfm_jax.models import Decoder, DecoderCache, FunctionalModel, ModelConfig, init_cache
+from lfm_jax.models.cache import AttentionState
 from lfm_jax.models.functional import Tree
 
 
@@ -177,18 +178,26 @@ def insert(
     return _put(slots, entering, jnp.arange(source.shape[0]), target), chosen
 
 
-@functools.partial(jax.jit, static_argnames=("program", "steps", "needs", "top"), donate_argnames="slots")
+def _filled(cache: DecoderCache, reach: int) -> DecoderCache:
+    """The first `reach` places for keys and values of each row. A row of no more tokens has all of its own there."""
+    cut = lambda state: AttentionState(state.keys[:, :, :, :reach], state.values[:, :, :reach])
+    return cache._replace(layers=tuple(cut(state) if isinstance(state, AttentionState) else state for state in cache.layers))
+
+
+@functools.partial(jax.jit, static_argnames=("program", "steps", "reach", "needs", "top"), donate_argnames="slots")
 def decode(
     program: Program, params: Tree, buffers: Tree, slots: Slots, keep: jax.Array, until_free: jax.Array,
-    *, steps: int, needs: Needs, top: int,
+    *, steps: int, reach: int, needs: Needs, top: int,
 ) -> tuple[Slots, Chosen]:  # fmt: skip
     """Advances all slots by up to `steps` tokens, until none is left or, with `until_free`, one has got its last.
 
     Args:
       keep: [slots] bool; the others become free first. until_free: bool, whether somebody waits for a slot.
+      reach: tokens that a row has at the end, at most. The places behind are not read: those of a long answer to come, perhaps.
       needs: of the requests in the slots. top: how many of the most likely tokens are told.
     """
-    slots = slots._replace(left=jnp.where(keep, slots.left, 0))
+    whole = slots.cache
+    slots = slots._replace(left=jnp.where(keep, slots.left, 0), cache=_filled(whole, reach))
     count, at_first = slots.left.shape[0], jnp.sum(slots.left > 0)
     out = Chosen(
         tokens=jnp.full((steps, count), -1, jnp.int32), log_probs=jnp.zeros((steps, count), jnp.float32),
@@ -211,4 +220,5 @@ def decode(
         return step + 1, slots, jax.tree.map(lambda all, one: all.at[step].set(one), out, chosen)
 
     _, slots, out = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), slots, out))
-    return slots, out
+    put_back = lambda array, part: jax.lax.dynamic_update_slice(array, part, (0,) * array.ndim)
+    return slots._replace(cache=jax.tree.map(put_back, whole, slots.cache)), out

@@ -5,32 +5,22 @@ import jax.numpy as jnp
 
 from lfm_jax.models import FunctionalModel, QuantizedWeight
 from lfm_jax.models.functional import Tree
-
-
-def _summed_axes(axes: tuple[str | None, ...]) -> tuple[int, ...] | None:
-    """Which axes of a matrix with these logical axes a product sums over; None: it is no matrix that reading costs time for.
-
-    Projections out of the residual stream begin with "embed" and those into it end with it, behind an axis of experts or not; the
-    table of the vocabulary has a row for each token.
-    """
-    first = int(axes[0] == "expert")
-    if len(axes) - first < 2:
-        return None
-    if axes[first] == "vocab":
-        return (first + 1,)
-    if axes[first] == "embed":
-        return (first,)
-    return tuple(range(first, len(axes) - 1)) if axes[-1] == "embed" else None
+from lfm_jax.models.rounding import summed_axes
 
 
 def quantize_weights(functions: FunctionalModel, params: Tree) -> Tree:
     """Rounds every matrix to int8 with one scale for each of its outputs; norms, taps, biases and routers stay as they are.
 
     The largest absolute value of an output becomes 127 (Jacob et al. 2018, symmetric).
+
+    Raises:
+      ValueError: the model rounds them for a file already (`ComputeConfig.file_format`).
     """
+    if jax.tree.leaves(functions.roundings):
+        raise ValueError("compute.file_format rounds the matrices already; leave it out, or take weights=float")
 
     def quantize(leaf: jax.Array, axes: tuple[str | None, ...], dtype: jnp.dtype, path: str) -> jax.Array | QuantizedWeight:
-        summed = _summed_axes(axes)
+        summed = summed_axes(axes)
         if summed is None or "router" in path:
             return leaf.astype(dtype)
         wide = leaf.astype(jnp.float32)

@@ -142,6 +142,9 @@ class ComputeConfig:
     matmul: in which numbers the projections of operators and dense feed-forwards are multiplied, "plain" is `dtype`; see
       `lfm_jax.models.quantization`, and docs/benchmarks/quantized_matmul.md for where it pays. TPU v5e and v6e multiply int8
       faster, tpu7x fp8. Routers, experts, attention's gates and products, embeddings, norms and logits are always plain.
+    file_format: matrices are rounded to what a file of this format holds, before anything is computed, while parameters and
+      optimizer stay as they are: training learns to live with the rounding, and evaluation tells what it costs. "none": they are
+      not. See `lfm_jax.models.rounding`.
     remat: what the backward pass computes again: "none" of a block, "dots" (all but the matmuls), or the "full" block.
     scan_layers: blocks that repeat run in a loop, which compiles in 0.7 to 0.85 of the time (docs/log.md); their parameters are
       stacked for it in every step.
@@ -153,5 +156,6 @@ class ComputeConfig:
     grouped_matmul: Literal["auto", "pallas", "reference"] = "auto"
     expert_exchange: Literal["gather", "all_to_all"] = "gather"
     matmul: Literal["plain", "int8", "fp8"] = "plain"
+    file_format: Literal["none", "q4_0", "8da4w"] = "none"
     remat: Literal["none", "dots", "full"] = "none"
     scan_layers: bool = False

@@ -15,6 +15,7 @@ from lfm_jax.models.layers import MLP, PROJECTED, Embedding, RMSNorm, compute_dt
 from lfm_jax.models.moe import MoE
 from lfm_jax.models.operators import OPERATORS
 from lfm_jax.models.repeats import in_loops, in_turn
+from lfm_jax.models.rounding import rounding_in
 from lfm_jax.sharding import constrain
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.save_only_these_names(PROJECTED, ATTENDED), "full": None}
@@ -76,6 +77,10 @@ class Decoder(nnx.Module):
         self.final_norm = RMSNorm(config.embed_dim, config.norm_eps, axis="embed")
         if not config.tie_embeddings:
             self.lm_head = parameter(rngs, (config.embed_dim, config.vocab_size), ("embed", "vocab"), config.embed_dim, dtype)
+        for path, node in nnx.iter_graph(self):
+            if isinstance(node, nnx.Param):
+                rounding = rounding_in(compute.file_format, path[-1], node.axes, node.shape, config.tie_embeddings)
+                node.set_metadata(rounding=rounding)
         self.config = config
         self.dtype = dtype
         self.remat = compute.remat

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from lfm_jax.models.rounding import rounded
+
 Tree = Any  # nested dicts of arrays; the path of a leaf is the path of the module's attribute
 
 
@@ -23,6 +25,7 @@ class FunctionalModel:
       abstract_buffers: the arrays that carry no gradient (e.g. a router's expert bias).
       param_axes, buffer_axes: the logical axis names of every leaf, read from its `axes` metadata.
       compute_dtypes: the type in which each parameter is computed with, from its `compute_dtype`; its own where it has none.
+      roundings: how each is rounded before that, from its `rounding`; None where it is not.
       init: key -> (params, buffers).
     """
 
@@ -32,6 +35,7 @@ class FunctionalModel:
     param_axes: Tree
     buffer_axes: Tree
     compute_dtypes: Tree
+    roundings: Tree
     init: Callable[[jax.Array], tuple[Tree, Tree]]
 
     def bind(self, params: Tree, buffers: Tree) -> nnx.Module:
@@ -39,8 +43,10 @@ class FunctionalModel:
         return nnx.merge(self.graphdef, nnx.State(params), nnx.State(buffers))
 
     def cast(self, params: Tree) -> Tree:
-        """The parameters in the types that they are computed with; what moves between devices is then no wider than need be."""
-        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, self.compute_dtypes)
+        """The parameters as they are computed with: rounded, where that is asked for, and in types that make what moves between
+        devices no wider than need be."""
+        enter = lambda leaf, dtype, rounding: (leaf if rounding is None else rounded(leaf, rounding)).astype(dtype)
+        return jax.tree.map(enter, params, self.compute_dtypes, self.roundings)
 
 
 def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> FunctionalModel:
@@ -63,5 +69,6 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> FunctionalModel:
         param_axes=of_each(params, axes),
         buffer_axes=of_each(buffers, axes),
         compute_dtypes=of_each(params, lambda variable: variable.get_metadata().get("compute_dtype", variable.dtype)),
+        roundings=of_each(params, lambda variable: variable.get_metadata().get("rounding")),
         init=init,
     )

@@ -53,7 +53,7 @@ def by_full_forwards(prompt, count=NEW, config=CONFIG):
     """Greedy tokens and their log-probabilities; what is behind a token cannot change it."""
     tokens, found = list(prompt), []
     for _ in range(count):
-        padded = np.zeros((1, 64), np.int32)
+        padded = np.zeros((1, 128), np.int32)
         padded[0, : len(tokens)] = tokens
         log_probs = forward(config)(padded, len(tokens))
         tokens.append(int(jnp.argmax(log_probs)))
@@ -140,6 +140,17 @@ def test_requests_that_come_later_take_slots_that_become_free():
         assert [update.finish_reason for update in updates] == [None] * (len(updates) - 1) + ["length"]
 
 
+def test_what_is_set_aside_for_a_long_answer_is_not_read_before_it_is_there(monkeypatch):
+    reached, decode = [], device.decode
+    monkeypatch.setattr(device, "decode", lambda *given, **named: reached.append(named["reach"]) or decode(*given, **named))
+    sampling = dataclasses.replace(GREEDY, max_new_tokens=70)
+    (found,) = engine().run([Request(prompt=prompts()[3], sampling=sampling)])
+    assert reached == [64, 64, 128, 128, 128]
+    tokens, log_probs = by_full_forwards(prompts()[3], 70)
+    assert found.tokens == tokens
+    np.testing.assert_allclose(found.log_probs, log_probs, atol=1e-4)
+
+
 def test_samples_of_one_prompt_read_it_once_and_differ_by_their_seeds():
     prompt, running = prompts()[3], engine(EngineConfig(slots=4))
     sampling = SamplingConfig(max_new_tokens=NEW, temperature=1.0, top_p=1.0)
@@ -155,7 +166,7 @@ def test_log_probs_are_the_models_whatever_the_sampling():
     sampling = SamplingConfig(max_new_tokens=6, temperature=1.7, top_k=9, repetition_penalty=1.4)
     (answer,) = engine().run([Request(prompt=prompt, sampling=sampling, top_log_probs=4)])
     for index, (token, log_prob, top) in enumerate(zip(answer.tokens, answer.log_probs, answer.top, strict=True)):
-        padded = np.zeros((1, 64), np.int32)
+        padded = np.zeros((1, 128), np.int32)
         padded[0, : len(prompt) + index] = (*prompt, *answer.tokens[:index])
         expected = np.asarray(forward()(padded, len(prompt) + index))
         assert log_prob == pytest.approx(expected[token], abs=2e-5)

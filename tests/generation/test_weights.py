@@ -98,7 +98,7 @@ def test_the_tpu_reads_eight_bits_in_every_step():
         jax.ShapeDtypeStruct((), bool),
     )  # fmt: skip
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=chip), abstract)
-    traced = device.decode.trace(program, *placed, steps=4, needs=Needs(*[False] * 5), top=0)
+    traced = device.decode.trace(program, *placed, steps=4, reach=128, needs=Needs(*[False] * 5), top=0)
     memory = traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 1024 * 4096 * 2 < memory.argument_size_in_bytes  # not one feed-forward matrix in floats
 
