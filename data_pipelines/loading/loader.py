@@ -1,7 +1,7 @@
 """Batches of packed rows: for training, shuffled and endless and able to go on from any step; for evaluation, once through."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, Protocol
 
@@ -113,6 +113,21 @@ class DatasetIterator(Protocol):
         ...
 
 
+class Packed(Protocol):
+    """Rows of a source, of one length. rows: [files] int64, of each file. fingerprint: of all that they are made of."""
+
+    rows: np.ndarray
+    fingerprint: str
+
+
+class Maker(Protocol):
+    """What makes them."""
+
+    def make(self, places: Sequence[Place | None]) -> list[Batch]:
+        """The rows of some places, see `RowMaker`."""
+        ...
+
+
 def training_batches(
     sources: Sequence[TokenShards],
     config: LoaderConfig,
@@ -133,18 +148,24 @@ def training_batches(
       ValueError: a batch cannot be shared evenly by the hosts, weights do not fit the sources, or shards that do not know how
         difficult they are should come in that order.
     """
-    index, count = _host(process_index, process_count)
     packed = {
         seq_len: [pack_shards(shards, seq_len, fill_in_the_middle=config.fill_in_the_middle) for shards in sources]
         for _, seq_len in config.shapes()
     }
-    stages = _stages(config, [len_of(packs) for packs in packed[config.seq_len]], count)
-    limits = None
-    if config.epochs is not None:
-        limits = {seq_len: [config.epochs * len_of(packs) for packs in several] for seq_len, several in packed.items()}
-    mixture = Mixture(stages, limits)
-    batches = _HostBatches(packed, stages, mixture, config, tokenizer, index, count)
-    return _TrainingBatches(batches, config.workers)
+    makers = {n: [RowMaker(each, tokenizer, config.seed) for each in several] for n, several in packed.items()}
+    return training_batches_of(packed, makers, config, process_index=process_index, process_count=process_count)
+
+
+def training_batches_of(
+    packed: Mapping[int, Sequence[Packed]],
+    makers: Mapping[int, Sequence[Maker]],
+    config: LoaderConfig,
+    *,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> DatasetIterator:
+    """`training_batches` of rows of any kind. packed, makers: by the length of the rows, of each source; they can be pickled."""
+    return _TrainingBatches(_HostBatches(packed, makers, config, process_index, process_count), config.workers)
 
 
 def evaluation_batches(
@@ -161,15 +182,26 @@ def evaluation_batches(
     The order of the rows is shuffled once and for all, so that the first batches are a fair sample of the text. The last batch is
     filled up with rows of padding. Arguments and errors as for `training_batches`.
     """
-    index, count = _host(process_index, process_count)
-    config = LoaderConfig(seq_len=seq_len, batch_size=batch_size, epochs=1)
     packed = pack_shards(shards, seq_len)
-    stages = _stages(config, [len_of(packed)], count)
-    mixture = Mixture(stages, {seq_len: [len_of(packed)]})
-    return EvaluationBatches(_HostBatches({seq_len: [packed]}, stages, mixture, config, tokenizer, index, count))
+    maker = RowMaker(packed, tokenizer, seed=0)
+    return evaluation_batches_of(packed, maker, seq_len, batch_size, process_index=process_index, process_count=process_count)
 
 
-def len_of(packed: PackedShards) -> int:
+def evaluation_batches_of(
+    packed: Packed,
+    maker: Maker,
+    seq_len: int,
+    batch_size: int,
+    *,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> "EvaluationBatches":
+    """`evaluation_batches` of rows of any kind."""
+    config = LoaderConfig(seq_len=seq_len, batch_size=batch_size, epochs=1)
+    return EvaluationBatches(_HostBatches({seq_len: [packed]}, {seq_len: [maker]}, config, process_index, process_count))
+
+
+def len_of(packed: Packed) -> int:
     """The number of rows."""
     return int(packed.rows.sum())
 
@@ -217,17 +249,19 @@ class _HostBatches:
 
     def __init__(
         self,
-        packed: dict[int, list[PackedShards]],
-        stages: list[Stage],
-        mixture: Mixture,
+        packed: Mapping[int, Sequence[Packed]],
+        makers: Mapping[int, Sequence[Maker]],
         config: LoaderConfig,
-        tokenizer: Tokenizer,
-        process_index: int,
-        process_count: int,
+        process_index: int | None,
+        process_count: int | None,
     ):
-        self._packed, self._stages, self._mixture, self._config = packed, stages, mixture, config
-        self._process_index, self._process_count = process_index, process_count
-        self._makers = {n: [RowMaker(each, tokenizer, config.seed) for each in several] for n, several in packed.items()}
+        self._packed, self._makers, self._config = packed, makers, config
+        self._process_index, self._process_count = _host(process_index, process_count)
+        self._stages = _stages(config, [len_of(each) for each in packed[config.seq_len]], self._process_count)
+        limits = None
+        if config.epochs is not None:
+            limits = {n: [config.epochs * len_of(each) for each in several] for n, several in packed.items()}
+        self._mixture = Mixture(self._stages, limits)
         self._orders = {n: [_order(each, config) for each in several] for n, several in packed.items()}
 
     def __len__(self) -> int:

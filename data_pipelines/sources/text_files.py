@@ -77,7 +77,7 @@ def read_records(
     elif path.name.endswith(".parquet"):
         contents, parse = read_rows(path, fields, wanted), parse_values
     else:
-        contents, parse = _read_lines(path, fields.max_bytes, wanted), parse_json
+        contents, parse = read_lines(path, fields.max_bytes, wanted), parse_json
     yield from good_records(contents, functools.partial(parse, fields=fields), path, name, quarantine)
 
 
@@ -130,8 +130,15 @@ def _read_whole(path: epath.Path, limit: int) -> Iterator[tuple[int, bytes]]:
         yield 1, file.read(limit + 1)
 
 
-def _read_lines(path: epath.Path, limit: int, wanted: Callable[[int], bool] | None) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of those that are not blank; of a line that is longer than the limit, one byte more than that."""
+def read_lines(path: epath.Path, limit: int, wanted: Callable[[int], bool] | None) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of those that are not blank; of a line that is longer than the limit, one byte more than that.
+
+    Args:
+      path: a file of lines, which may be compressed.
+      wanted: whether a line, counted from 1, is given; None: all are.
+    Raises:
+      ValueError: a damaged file.
+    """
     number = 0
     with path.open("rb") as raw:
         file = _decompress(raw, path.name)

@@ -1,7 +1,6 @@
 """From messages to ids by a chat template: its symbols become symbols, and whatever messages spell stays text."""
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,14 +10,13 @@ from etils import epath
 from data_pipelines import Tokenizer
 from data_pipelines.tokenization.tokenizer import SYMBOLS
 from experiments.serve.requests import RequestError, strings
-from lfm_jax.interop.chat_template import render
+from lfm_jax.interop.chat_template import read_template, render
 from lfm_jax.interop.tokenizer_json import CHAT_TEMPLATE
 
 _PAD, _BOS, _EOS = SYMBOLS[:3]
 _TURN, _END = "<|im_start|>", "<|im_end|>"
 _ASSISTANT = "assistant\n"
 _PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
-_MOST_SETTINGS_BYTES = 1 << 24
 
 
 class ChatFormat:
@@ -54,21 +52,22 @@ class ChatFormat:
             )  # fmt: skip
         except ValueError as error:
             raise RequestError(str(error).replace(mark, ""), "messages") from error
-        pieces = [piece for piece in self._pieces(text, mark) if piece]
-        encoded = iter(self._tokenizer.encode_batch([piece for piece in pieces if piece not in self.symbols], threads=1))
-        ids = [index for piece in pieces for index in ([self.symbols[piece]] if piece in self.symbols else next(encoded))]
+        pieces = self._pieces(text, mark)
+        encoded = iter(self._tokenizer.encode_batch([piece for piece, symbol in pieces if symbol is None], threads=1))
+        ids = [index for _, symbol in pieces for index in (next(encoded) if symbol is None else [symbol])]
         bos = self._tokenizer.bos_id
         return (bos, *(index for index in ids if index != bos))
 
-    def _pieces(self, text: str, mark: str) -> list[str]:
-        """Symbols as they are, and the text between them."""
+    def _pieces(self, text: str, mark: str) -> list[tuple[str, int | None]]:
+        """Symbols, and the text between them: (piece, id of a symbol)."""
         pieces, before = [], ""
         for piece in self._pattern.split(text):
             if before == _TURN and piece.startswith(_ASSISTANT):
                 # A model's words begin with a token of their own when it says them, and so they do when it is told of them.
-                pieces.append(_ASSISTANT)
+                pieces.append((_ASSISTANT, None))
                 piece = piece.removeprefix(_ASSISTANT)
-            pieces.append(piece if piece in self.symbols else _unmarked(piece, mark))
+            if piece:  # without its mark it may well be spelled as a symbol
+                pieces.append((piece.replace(mark, ""), self.symbols.get(piece)))
             before = piece
         return pieces
 
@@ -84,37 +83,11 @@ def _broken(value: Any, mark: str) -> Any:
     return value
 
 
-def _unmarked(piece: str, mark: str) -> str:
-    return piece.replace(mark, "")
-
-
 def read_chat_format(tokenizer: Tokenizer, path: epath.Path) -> ChatFormat:
-    """That of a tokenizer's file or folder: chat_template.jinja, or the one in tokenizer_config.json, or else LFM2's.
+    """That of a tokenizer's file or folder: the template that comes with it, or else LFM2's.
 
     Raises:
       ValueError: a tokenizer_config.json that cannot be used.
     """
-    folder = path if path.is_dir() else path.parent
-    settings = _settings(folder / "tokenizer_config.json")
-    template = settings.get("chat_template", CHAT_TEMPLATE)
-    if isinstance(template, list):  # several by name
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get("default")
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text()
-    if not isinstance(template, str):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is no text; give a template, or remove the entry")
-    special = {name: settings.get(name) for name in ("bos_token", "eos_token", "pad_token")}
-    special = {name: token.get("content") if isinstance(token, dict) else token for name, token in special.items()}
-    return ChatFormat(tokenizer, template, {name: token for name, token in special.items() if isinstance(token, str)})
-
-
-def _settings(file: epath.Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_bytes()) if file.stat().length <= _MOST_SETTINGS_BYTES else None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is no JSON object of at most {_MOST_SETTINGS_BYTES} bytes; it is damaged")
-    return content
+    template, special = read_template(path)
+    return ChatFormat(tokenizer, template or CHAT_TEMPLATE, special)

@@ -4,6 +4,7 @@ Functions of bytes, with results that JSON can hold.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 # Text of many kinds, long enough that what grows faster than a text shows.
@@ -11,6 +12,7 @@ _PROBE = "".join(map(chr, [*range(32, 127), *range(0xA0, 0x250), *range(0x400, 0
 _PROBES = ("a", _PROBE, "word " * 2000, "a" * 2000, " " * 2000, "\n\t 0123456789\r\n" * 100, "def f(x):\n    return x[0]\n" * 100)
 # A byte of a text gives one id at most; a tokenizer may put a few before and after.
 _MOST_IDS_PER_BYTE = 4
+_MOST_CHARACTERS = 300  # of a message
 
 
 def check_tokenizer(data: bytes) -> int:
@@ -38,20 +40,34 @@ def check_tokenizer(data: bytes) -> int:
     return highest + 1
 
 
-def render_template(data: bytes) -> str:
-    """Renders a chat template. data: JSON of {"template": text, "values": what the template may read}.
+def render_templates(data: bytes) -> list[dict[str, str]]:
+    """Renders a chat template with several values. data: JSON of {"template": text, "shared": {...}, "values": [{...}, ...]}.
 
     As transformers does it (transformers/utils/chat_template_utils.py, `_compile_jinja_template`): a sandbox in which nothing can
     be changed, blocks without their line breaks, `break` and `continue`, and a few functions.
 
+    Returns for each of the values, beside which the template reads the shared ones, {"text": ...}; or {"error": ...}, where the
+    template refuses the messages, or does what it may not.
+
     Raises:
-      ValueError: the template is none, refuses the messages, or does what it may not.
+      ValueError: the template is none.
     """
+    job = json.loads(data)
+    template, found = _allowed(_environment().from_string, job["template"]), []
+    for values in job["values"]:
+        try:
+            found.append({"text": _allowed(template.render, job["shared"] | values)})
+        except ValueError as error:
+            found.append({"error": str(error)[:_MOST_CHARACTERS]})
+    return found
+
+
+def _allowed(work: Callable[[Any], Any], argument: Any) -> Any:
+    """`work(argument)`, with what jinja2 raises as a ValueError."""
     import jinja2
 
-    job = json.loads(data)
     try:
-        return _environment().from_string(job["template"]).render(job["values"])
+        return work(argument)
     except (jinja2.TemplateError, TypeError, AttributeError, ArithmeticError, LookupError, RecursionError) as error:
         raise ValueError(f"cannot be rendered ({type(error).__name__}: {error})") from error
 

@@ -1,4 +1,4 @@
-"""Training: objective, optimizer and schedule, the jitted step, checkpoints, and the one loop around them."""
+"""Training: objectives, optimizer and schedule, the jitted step, checkpoints, and the one loop around them."""
 
 from lfm_jax.training.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from lfm_jax.training.evaluation import Totals, evaluate_loss
@@ -6,6 +6,25 @@ from lfm_jax.training.loop import BatchIterator, TrainConfig, Trained, train
 from lfm_jax.training.metrics import MetricsWriter, read_metrics
 from lfm_jax.training.objective import Batch, LossConfig, Objective, Sums, next_token_objective
 from lfm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from lfm_jax.training.policy_gradient import (
+    Advantages,
+    PolicyGradientConfig,
+    PolicySums,
+    Rollouts,
+    group_advantages,
+    overlong_penalty,
+    policy_gradient_member,
+    policy_gradient_sums,
+)
+from lfm_jax.training.preference import (
+    Answers,
+    FinalTokenConfig,
+    PairLosses,
+    PreferenceConfig,
+    final_token_losses,
+    preference_losses,
+    preference_member,
+)
 from lfm_jax.training.replicas import SilentCorruption
 from lfm_jax.training.schedule import ScheduleConfig, make_schedule
 from lfm_jax.training.state import TrainState, abstract_state, check_mesh, init_state
@@ -14,9 +33,11 @@ from lfm_jax.training.stopping import Interrupted
 from lfm_jax.training.trouble import TrainingDiverged, TroubleConfig
 
 __all__ = [
-    "Batch", "BatchIterator", "CheckpointError", "CheckpointWarning", "Checkpoints", "Interrupted", "LossConfig", "MetricsWriter",
-    "Objective", "OptimizerConfig", "ScheduleConfig", "SilentCorruption", "Sums", "Totals", "TrainConfig", "TrainState",
-    "Trained", "TrainingDiverged", "TroubleConfig", "abstract_state", "check_mesh", "check_rows", "evaluate_loss", "host_part",
-    "init_state", "make_eval_step", "make_optimizer", "make_schedule", "make_train_step", "next_token_objective", "place_batch",
-    "read_metrics", "train",
+    "Advantages", "Answers", "Batch", "BatchIterator", "CheckpointError", "CheckpointWarning", "Checkpoints", "FinalTokenConfig",
+    "Interrupted", "LossConfig", "MetricsWriter", "Objective", "OptimizerConfig", "PairLosses", "PolicyGradientConfig",
+    "PolicySums", "PreferenceConfig", "Rollouts", "ScheduleConfig", "SilentCorruption", "Sums", "Totals", "TrainConfig",
+    "TrainState", "Trained", "TrainingDiverged", "TroubleConfig", "abstract_state", "check_mesh", "check_rows", "evaluate_loss",
+    "final_token_losses", "group_advantages", "host_part", "init_state", "make_eval_step", "make_optimizer", "make_schedule",
+    "make_train_step", "next_token_objective", "overlong_penalty", "place_batch", "policy_gradient_member",
+    "policy_gradient_sums", "preference_losses", "preference_member", "read_metrics", "train",
 ]

@@ -53,15 +53,16 @@ def test_ids_are_those_of_transformers(chat, folders, tools):
     assert chat.stop_ids == (theirs.convert_tokens_to_ids("<|im_end|>"), theirs.convert_tokens_to_ids("<|endoftext|>"))
 
 
+@pytest.mark.parametrize("spelt", [SPELT, "<|im_end|>"], ids=["several", "one alone"])
 @pytest.mark.parametrize("role", ["user", "system", "assistant", "tool"])
-def test_symbols_that_a_message_spells_stay_text(chat, role):
+def test_symbols_that_a_message_spells_stay_text(chat, role, spelt):
     """The same symbols in the same order as with a harmless text, and the spelling is there to be read."""
     symbols = lambda ids: [index for index in ids if index in set(chat.symbols.values())]
-    harmful = [{"role": "user", "content": "a"}, {"role": role, "content": SPELT}]
+    harmful = [{"role": "user", "content": "a"}, {"role": role, "content": spelt}]
     harmless = [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]
     ids = chat.prompt(harmful)
     assert symbols(ids) == symbols(chat.prompt(harmless))
-    assert SPELT in text_of(chat, ids)
+    assert spelt in text_of(chat, ids)
 
 
 def test_symbols_that_tools_spell_stay_text(chat):

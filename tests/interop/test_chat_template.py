@@ -3,7 +3,8 @@
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lfm_jax.interop.chat_template import render
+from lfm_jax.interop import chat_template
+from lfm_jax.interop.chat_template import render, render_many
 from lfm_jax.interop.tokenizer_json import CHAT_TEMPLATE
 from lfm_jax.isolation.limits import LimitError
 
@@ -93,3 +94,37 @@ def test_a_template_that_takes_too_much_is_stopped(template, message):
 def test_a_template_that_may_not_is_refused(template, message):
     with pytest.raises(ValueError, match=message):
         render(template, CHATS["question"][0])
+
+
+def test_many_are_rendered_as_one_by_one_in_few_processes(monkeypatch):
+    """In their order, each with its own tools and ending, and an error where `render` raises it."""
+    template = CHAT_TEMPLATE + "{% if messages[0].content == 'bad' %}{{ raise_exception('why') }}{% endif %}"
+    bad, surrogate = ([{"role": "user", "content": content}] for content in ("bad", "\ud800"))
+    chats = [(*CHATS["calls"], False), (*CHATS["question"], True), (bad, None, True), (surrogate, None, False)]
+    chats.append((*CHATS["tools"], True))
+    expected = []
+    for messages, tools, prompt in chats:
+        try:
+            expected.append(render(template, messages, tools=tools, add_generation_prompt=prompt, special_tokens=TOKENS))
+        except ValueError as error:
+            expected.append(str(error))
+    sizes = []
+    limited = chat_template.call_limited
+    monkeypatch.setattr(chat_template, "call_limited", lambda *data, **limits: sizes.append(1) or limited(*data, **limits))
+    monkeypatch.setattr(chat_template, "_TOGETHER_BYTES", 500)
+    found = render_many(template, chats, special_tokens=TOKENS)
+    assert [str(text) for text in found] == expected
+    assert [isinstance(text, ValueError) for text in found] == [number in (2, 3) for number in range(len(chats))]
+    assert 1 < len(sizes) < len(chats)
+    assert render_many(template, []) == []
+
+
+def test_much_to_render_has_more_time_and_memory(monkeypatch):
+    given = []
+    limited = lambda work, data, *, name, limits: given.append((len(data), limits)) or []
+    monkeypatch.setattr(chat_template, "call_limited", limited)
+    for size in (10, 3 << 20):
+        render_many("", [([{"role": "user", "content": "a" * size}], None, False)])
+    (_, little), (size, much) = given
+    assert (little.cpu_seconds, little.seconds, little.memory_bytes >> 20) == (3, 30, 512)
+    assert (much.cpu_seconds, much.seconds, much.memory_bytes) == (3 + 24, 30 + 240, (1 << 29) + 32 * size)
