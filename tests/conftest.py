@@ -4,7 +4,10 @@ All of it is set in the environment before jax is imported, so that the processe
 that are no errors are listed in setup.cfg with the reason.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -24,6 +27,13 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="agg",
+)
+# A program that several tests or processes need is compiled once in a run of the tests, and never taken from another one.
+if "LFM_JAX_TEST_PROGRAMS" not in os.environ:
+    os.environ["LFM_JAX_TEST_PROGRAMS"] = tempfile.mkdtemp(prefix="lfm_jax_programs_")
+    atexit.register(shutil.rmtree, os.environ["LFM_JAX_TEST_PROGRAMS"], ignore_errors=True)
+os.environ.update(
+    JAX_COMPILATION_CACHE_DIR=os.environ["LFM_JAX_TEST_PROGRAMS"], JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1"
 )
 # Seeds are fixed, and a slow machine is no failure.
 hypothesis.settings.register_profile("strict_room", derandomize=True, deadline=None, database=None)
