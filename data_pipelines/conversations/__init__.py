@@ -1,4 +1,4 @@
-"""Conversations: read, written in a model's chat format, and made into batches in which what an assistant says is trained."""
+"""Conversations and pairs of answers: read, written in a model's chat format, and made into batches with what is trained."""
 
 from data_pipelines.conversations.batches import (
     PackedConversations,
@@ -8,11 +8,20 @@ from data_pipelines.conversations.batches import (
 from data_pipelines.conversations.chat_formats import CHAT_FORMATS, ChatFormat, JinjaTemplate, Rendering, Template
 from data_pipelines.conversations.describe import describe_row
 from data_pipelines.conversations.examples import ConversationEncoder, Examples, encode_conversations
+from data_pipelines.conversations.preferences import (
+    PairRows,
+    Preference,
+    encode_preferences,
+    preference_batches,
+    preference_evaluation_batches,
+    read_preferences,
+)
 from data_pipelines.conversations.reading import Conversation, ConversationsConfig, read_conversations
 from data_pipelines.conversations.turns import Turns, render_prompts, render_turns
 
 __all__ = [
     "CHAT_FORMATS", "ChatFormat", "Conversation", "ConversationEncoder", "ConversationsConfig", "Examples", "JinjaTemplate",
-    "PackedConversations", "Rendering", "Template", "Turns", "conversation_batches", "conversation_evaluation_batches",
-    "describe_row", "encode_conversations", "read_conversations", "render_prompts", "render_turns",
+    "PackedConversations", "PairRows", "Preference", "Rendering", "Template", "Turns", "conversation_batches",
+    "conversation_evaluation_batches", "describe_row", "encode_conversations", "encode_preferences", "preference_batches",
+    "preference_evaluation_batches", "read_conversations", "read_preferences", "render_prompts", "render_turns",
 ]

@@ -80,7 +80,7 @@ def read_conversations(
         lines = read_lines(path, config.max_record_bytes, None)
         for record in good_records(lines, parse, path, name, quarantine):
             messages, tools = json.loads(record.text)
-            if (_fraction(messages) < config.held_out_share) == (split == "held_out"):
+            if (split_fraction(messages) < config.held_out_share) == (split == "held_out"):
                 found = True
                 yield Conversation(messages, tools, f"{name}:{record.index}")
     if not found:
@@ -90,7 +90,7 @@ def read_conversations(
         )
 
 
-def _fraction(messages: Sequence[Mapping[str, Any]]) -> float:
+def split_fraction(messages: Sequence[Mapping[str, Any]]) -> float:
     """A number in [0, 1) that is as good as random and always the same for what stands before the first answer."""
     first_answer = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
     asked = json.dumps(messages[:first_answer], sort_keys=True).encode()
@@ -116,13 +116,13 @@ def _parse(line: bytes, max_bytes: int) -> tuple[str, None]:
     if not isinstance(record, dict):
         raise BadRecord("no_object", f"expected a JSON object with 'messages', got {type(record).__name__}", line)
     try:
-        messages, tools = _messages(record), _tools(record.get("tools"))
-    except _Wrong as wrong:
+        messages, tools = _messages(record), read_tools(record.get("tools"))
+    except Wrong as wrong:
         raise BadRecord(wrong.reason, str(wrong), line) from wrong
     return json.dumps([messages, tools]), None
 
 
-class _Wrong(Exception):
+class Wrong(Exception):
     """What is wrong with a record, and the reason that it is counted under."""
 
     def __init__(self, reason: str, message: str):
@@ -134,22 +134,23 @@ def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     given = record.get("messages", record.get("conversations"))
     if not isinstance(given, list):
         names = ", ".join(map(repr, list(record)[:20]))[:400] or "nothing"
-        raise _Wrong("no_field", f"expected a list 'messages' or 'conversations', got a record of {names}; name it so")
-    messages = [_message(entry, f"message {number}") for number, entry in enumerate(given)]
+        raise Wrong("no_field", f"expected a list 'messages' or 'conversations', got a record of {names}; name it so")
+    messages = [read_message(entry, f"message {number}") for number, entry in enumerate(given)]
     if isinstance(record.get("system"), str) and record["system"] and "messages" not in record:  # beside ShareGPT's list
         messages.insert(0, {"role": "system", "content": record["system"]})
     if not any(message["role"] == "assistant" for message in messages):
-        raise _Wrong("no_answer", f"none of the {len(messages)} messages is an assistant's: nothing is to be learnt; remove it")
+        raise Wrong("no_answer", f"none of the {len(messages)} messages is an assistant's: nothing is to be learnt; remove it")
     return messages
 
 
-def _message(entry: Any, where: str) -> dict[str, Any]:
+def read_message(entry: Any, where: str) -> dict[str, Any]:
+    """A message of a record, ShareGPT's as well, as `Conversation` has it. where: in the record, for errors. Raises `Wrong`."""
     if not isinstance(entry, dict):
-        raise _Wrong("no_message", f"{where} is {type(entry).__name__}, not an object with 'role' and 'content'")
+        raise Wrong("no_message", f"{where} is {type(entry).__name__}, not an object with 'role' and 'content'")
     if "from" in entry:
         role = _SHAREGPT_ROLES.get(entry["from"]) if isinstance(entry["from"], str) else None
         if role is None:
-            raise _Wrong("no_message", f"{where} is from {entry['from']!r:.40}; expected one of {', '.join(_SHAREGPT_ROLES)}")
+            raise Wrong("no_message", f"{where} is from {entry['from']!r:.40}; expected one of {', '.join(_SHAREGPT_ROLES)}")
         if entry["from"] == "function_call":
             calls = _from_json(entry.get("value"), where)
             entry = {"role": role, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
@@ -157,15 +158,15 @@ def _message(entry: Any, where: str) -> dict[str, Any]:
             entry = {"role": role, "content": entry.get("value")}
     role, content = entry.get("role"), entry.get("content")
     if role not in ROLES:
-        raise _Wrong("no_message", f"{where} has the role {role!r:.40}; expected one of {', '.join(ROLES)}")
+        raise Wrong("no_message", f"{where} has the role {role!r:.40}; expected one of {', '.join(ROLES)}")
     calls = entry.get("tool_calls") or []
     if calls and (role != "assistant" or not isinstance(calls, list)):
-        raise _Wrong("no_call", f"{where} has tool_calls that are no list, or is no assistant's; repair or remove the record")
+        raise Wrong("no_call", f"{where} has tool_calls that are no list, or is no assistant's; repair or remove the record")
     message = {"role": role, "content": _content(content, role == "tool", bool(calls), where)}
     thinking = entry.get("thinking") or entry.get("reasoning_content")
     if thinking and role == "assistant":
         if not isinstance(thinking, str):
-            raise _Wrong("no_message", f"{where} has thinking that is {type(thinking).__name__}, not text")
+            raise Wrong("no_message", f"{where} has thinking that is {type(thinking).__name__}, not text")
         message["thinking"] = thinking
     if calls:
         message["tool_calls"] = [_call(call, f"{where}, call {number}") for number, call in enumerate(calls)]
@@ -180,7 +181,7 @@ def _content(content: Any, of_tool: bool, has_calls: bool, where: str) -> Any:
         return content
     if content is None and has_calls:
         return ""
-    raise _Wrong("no_message", f"{where} has content that is {type(content).__name__}, not text; only texts are read")
+    raise Wrong("no_message", f"{where} has content that is {type(content).__name__}, not text; only texts are read")
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
@@ -191,15 +192,16 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         arguments = _from_json(arguments, where)
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
-        raise _Wrong("no_call", f"{where} is no function with a name and arguments, an object; repair or remove the record")
+        raise Wrong("no_call", f"{where} is no function with a name and arguments, an object; repair or remove the record")
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _tools(tools: Any) -> list[Any]:
+def read_tools(tools: Any) -> list[Any]:
+    """The tools of a record as `Conversation` has them; none: []. Raises `Wrong`."""
     if isinstance(tools, str):
         tools = _from_json(tools, "tools") if tools.strip() else []
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict | str) for tool in tools)):
-        raise _Wrong("no_call", "tools are no list of objects; give JSON schemas of functions")
+        raise Wrong("no_call", "tools are no list of objects; give JSON schemas of functions")
     return tools or []
 
 
@@ -207,4 +209,4 @@ def _from_json(text: Any, where: str) -> Any:
     try:
         return json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
-        raise _Wrong("no_call", f"{where} is no JSON ({error}); repair or remove the record") from error
+        raise Wrong("no_call", f"{where} is no JSON ({error}); repair or remove the record") from error

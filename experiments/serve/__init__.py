@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from experiments.api_key import read_key
 from experiments.results import write_results
 from experiments.serve.chat import read_chat_format
 from experiments.serve.requests import Limits
@@ -80,19 +81,6 @@ def main(config: Config, workdir: epath.Path) -> None:
     figures: dict[str, Any] = {"seconds": time.monotonic() - begin, "checkpoint_step": stage.step, "answer_tokens": runner.tokens}
     figures["requests_by_status"] = {str(status): count for status, count in sorted(service.answered.items())}
     write_results(workdir, figures, config)
-
-
-def read_key(file: str) -> str:
-    """The first line of a file; "" of none. Raises ConfigError."""
-    if not file:
-        return ""
-    try:
-        key = (epath.Path(file).read_text().splitlines() or [""])[0].strip()
-    except OSError as error:
-        raise ConfigError(f"api_key_file: {file} cannot be read ({error.strerror}); write the key into it.") from error
-    if not key.isascii() or not key:
-        raise ConfigError(f"api_key_file: the first line of {file} must be a key of ASCII characters.")
-    return key
 
 
 @contextlib.contextmanager

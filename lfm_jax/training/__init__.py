@@ -25,6 +25,7 @@ from lfm_jax.training.preference import (
     preference_losses,
     preference_member,
 )
+from lfm_jax.training.preference_objective import make_log_probs_step, preference_objective
 from lfm_jax.training.replicas import SilentCorruption
 from lfm_jax.training.schedule import ScheduleConfig, make_schedule
 from lfm_jax.training.state import TrainState, abstract_state, check_mesh, init_state
@@ -37,7 +38,8 @@ __all__ = [
     "Interrupted", "LossConfig", "MetricsWriter", "Objective", "OptimizerConfig", "PairLosses", "PolicyGradientConfig",
     "PolicySums", "PreferenceConfig", "Rollouts", "ScheduleConfig", "SilentCorruption", "Sums", "Totals", "TrainConfig",
     "TrainState", "Trained", "TrainingDiverged", "TroubleConfig", "abstract_state", "check_mesh", "check_rows", "evaluate_loss",
-    "final_token_losses", "group_advantages", "host_part", "init_state", "make_eval_step", "make_optimizer", "make_schedule",
-    "make_train_step", "next_token_objective", "overlong_penalty", "place_batch", "policy_gradient_member",
-    "policy_gradient_sums", "preference_losses", "preference_member", "read_metrics", "train",
+    "final_token_losses", "group_advantages", "host_part", "init_state", "make_eval_step", "make_log_probs_step",
+    "make_optimizer", "make_schedule", "make_train_step", "next_token_objective", "overlong_penalty", "place_batch",
+    "policy_gradient_member", "policy_gradient_sums", "preference_losses", "preference_member", "preference_objective",
+    "read_metrics", "train",
 ]

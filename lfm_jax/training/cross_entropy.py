@@ -49,6 +49,23 @@ def linear_cross_entropy(
     return jnp.sum(loss), jax.lax.stop_gradient(jnp.sum(nll))
 
 
+def linear_log_probs(hidden: Hidden, head: jax.Array, targets: Tokens, *, block: int) -> jax.Array:
+    """log p(target) of each position, [batch, seq] float32, for losses that are no sum over tokens.
+
+    What such a loss makes of a position is known only when all have been seen, so the backward pass computes the logits of each
+    block again. Arguments and types are those of `linear_cross_entropy`.
+    """
+    vocab = head.shape[0]
+
+    def on_shard(hidden: Hidden, head: jax.Array, targets: Tokens) -> jax.Array:
+        split = head.shape[0] < vocab
+        ids = targets - shard_index("vocab") * head.shape[0] if split else targets
+        return _each(_Settings(0.0, block, split), hidden, head, ids)
+
+    rows = ("batch", "seq")
+    return map_shards(on_shard, [hidden, head, targets], [(*rows, None), ("vocab", None), rows], rows)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(settings: _Settings, hidden: Hidden, head: jax.Array, ids: Tokens, weights: jax.Array):
     """The two sums over this device's rows; ids count from the first row of its part of the head."""
@@ -84,30 +101,83 @@ def _summed_backward(settings: _Settings, kept: tuple[jax.Array, jax.Array], gra
 _summed.defvjp(_summed_forward, _summed_backward)
 
 
-def _blocks(block: int, hidden: Hidden, ids: Tokens, weights: jax.Array):
-    """[batch, seq, ...] each as [blocks, block, ...]; what is added to the end weighs nothing."""
-    count = -(-ids.size // block)
-    size = -(-ids.size // count)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _each(settings: _Settings, hidden: Hidden, head: jax.Array, ids: Tokens) -> jax.Array:
+    """log p of each of this device's targets; ids count from the first row of its part of the head."""
+    return _each_forward(settings, hidden, head, ids)[0]
+
+
+def _each_forward(settings: _Settings, hidden: Hidden, head: jax.Array, ids: Tokens):
+    def of_block(_, piece):
+        scored = _scored(settings, head, *piece)
+        return None, (scored.score - scored.normalizer, scored.normalizer)
+
+    _, found = jax.lax.scan(of_block, None, _blocks(settings.block, hidden, ids))
+    log_probs, normalizer = (array.reshape(-1)[: ids.size].reshape(ids.shape) for array in found)
+    return log_probs, (hidden, head, ids, normalizer)
+
+
+def _each_backward(settings: _Settings, kept: tuple[jax.Array, ...], gradient: jax.Array):
+    hidden, head, ids, normalizer = kept
+    gradient = sum_shards(gradient, "vocab") if settings.split else gradient  # as in _summed_backward
+
+    def add(by_head, piece):
+        hidden, ids, normalizer, gradient = piece
+        logits = jnp.einsum("te,ve->tv", hidden, head, preferred_element_type=jnp.float32)
+        chosen = jnp.arange(logits.shape[-1])[None, :] == ids[:, None]
+        by_logits = gradient[:, None] * (chosen.astype(jnp.float32) - jnp.exp(logits - normalizer[:, None]))
+        by_logits = by_logits.astype(hidden.dtype)
+        by_hidden = jnp.einsum("tv,ve->te", by_logits, head, preferred_element_type=hidden.dtype)
+        return by_head + jnp.einsum("tv,te->ve", by_logits, hidden, preferred_element_type=jnp.float32), by_hidden
+
+    pieces = _blocks(settings.block, hidden, ids, normalizer, gradient)
+    by_head, by_hidden = jax.lax.scan(add, jnp.zeros(head.shape, jnp.float32), pieces)
+    return by_hidden.reshape(-1, hidden.shape[2])[: ids.size].reshape(hidden.shape), by_head.astype(head.dtype), None
+
+
+_each.defvjp(_each_forward, _each_backward)
+
+
+def _blocks(block: int, hidden: Hidden, *others: jax.Array):
+    """[batch, seq, ...] each as [blocks, block, ...]; what is added to the end is zeros, and weighs nothing."""
+    positions = hidden.shape[0] * hidden.shape[1]
+    count = -(-positions // block)
+    size = -(-positions // count)
 
     def split(x: jax.Array) -> jax.Array:
-        tokens = x.reshape(ids.size, *x.shape[2:])
-        padded = jnp.pad(tokens, ((0, count * size - ids.size), *((0, 0) for _ in x.shape[2:])))
+        tokens = x.reshape(positions, *x.shape[2:])
+        padded = jnp.pad(tokens, ((0, count * size - positions), *((0, 0) for _ in x.shape[2:])))
         return padded.reshape(count, size, *x.shape[2:])
 
-    return split(hidden), split(ids), split(weights)
+    return tuple(map(split, (hidden, *others)))
 
 
-def _block(settings: _Settings, head: jax.Array, hidden: jax.Array, ids: jax.Array, weights: jax.Array):
-    """The two sums over a block of tokens, and the gradient of the first by this device's logits, [tokens, vocab] float32."""
+class _Scored(NamedTuple):
+    """Of a block: exp(logits - their largest) and which logit is the target's, [tokens, vocab]; [tokens] each: the sum of the
+    former over the whole vocabulary, logsumexp, and the target's logit."""
+
+    powers: jax.Array
+    chosen: jax.Array
+    total: jax.Array
+    normalizer: jax.Array
+    score: jax.Array
+
+
+def _scored(settings: _Settings, head: jax.Array, hidden: jax.Array, ids: jax.Array) -> _Scored:
     over_vocab = lambda reduce, array: reduce(array, "vocab") if settings.split else array
     logits = jnp.einsum("te,ve->tv", hidden, head, preferred_element_type=jnp.float32)
     peak = over_vocab(max_shards, jnp.max(logits, axis=-1))
     powers = jnp.exp(logits - peak[:, None])
     total = over_vocab(sum_shards, jnp.sum(powers, axis=-1))
-    normalizer = peak + jnp.log(total)
     # A masked sum, not a gather: it stays on the devices that hold a part of the vocabulary.
     chosen = jnp.arange(logits.shape[-1])[None, :] == ids[:, None]
     score = over_vocab(sum_shards, jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1))
+    return _Scored(powers, chosen, total, peak + jnp.log(total), score)
+
+
+def _block(settings: _Settings, head: jax.Array, hidden: jax.Array, ids: jax.Array, weights: jax.Array):
+    """The two sums over a block of tokens, and the gradient of the first by this device's logits, [tokens, vocab] float32."""
+    powers, chosen, total, normalizer, score = _scored(settings, head, hidden, ids)
     nll = jnp.sum(weights * (normalizer - score))
     loss = nll + settings.z_loss * jnp.sum(weights * jnp.square(normalizer))
     slope = weights * (1 + 2 * settings.z_loss * normalizer) / total
