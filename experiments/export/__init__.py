@@ -25,6 +25,8 @@ class ExportConfig:
     formats: hf is always among them, since others are made of it.
     dtype: of the weights in hf, and so of what is made of it. max_shard_bytes: of a file of weights.
     gguf_types: one file each (`lfm_jax.interop.gguf_file.TYPES`, and with llama-cpp-python `gguf_quantize.KINDS`).
+    gguf_importance: a file of text, over the first 65,536 tokens of which it is measured what each weight matters for, for those
+      of `KINDS`; None: all matter alike.
     executorch_types: one file each: "none" is float32, "8da4w" 4-bit weights and 8-bit activations.
     capacity: tokens of a sequence in the PyTorch, ExecuTorch and ONNX programs, at most the model's context.
     check_tokens: length of the text, and of its greedy continuation, over which each file is compared with us; 0: hf and gguf are
@@ -35,6 +37,7 @@ class ExportConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_shard_bytes: int = 5_000_000_000
     gguf_types: tuple[str, ...] = ("F32", "Q8_0", "Q4_0")
+    gguf_importance: str | None = None
     executorch_types: tuple[Literal["none", "8da4w"], ...] = ("none", "8da4w")
     capacity: int = 2048
     check_tokens: int = 32

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PROMPT = "The first line of the file says"
 _TEXTS = (PROMPT, "naïve café, 12,345.67 €\r\n\tdef f(x): return x**2  # 你好 🙂", " <|im_end|> two  spaces\n\n")
 _TIMED_PROMPT, _TIMED_NEW = 128, 32
+_IMPORTANCE_ROW, _IMPORTANCE_ROWS = 512, 128
 
 
 class Row(NamedTuple):
@@ -112,9 +113,9 @@ def continued(stage: Stage, params: Any, prompt: Sequence[int], count: int, stop
 def _gguf(material: Material) -> list[Row]:
     """Each type from the parameters themselves, K-quants from the file in float32."""
     from lfm_jax.interop.gguf_file import TYPES, export_gguf
-    from lfm_jax.interop.gguf_quantize import quantize_gguf
+    from lfm_jax.interop.gguf_quantize import measure_importance, quantize_gguf
 
-    stage, folder, rows = material.stage, material.folder / "gguf", []
+    stage, folder, rows, importance = material.stage, material.folder / "gguf", [], None
     folder.mkdir(parents=True, exist_ok=True)
     write = lambda kind: export_gguf(
         stage.config, stage.params, stage.buffers, folder / f"model-{kind}.gguf",
@@ -125,9 +126,21 @@ def _gguf(material: Material) -> list[Row]:
             file = write(kind)
         else:
             source = folder / "model-F32.gguf"
-            file = quantize_gguf(source if source.exists() else write("F32"), folder / f"model-{kind}.gguf", kind)
+            source = source if source.exists() else write("F32")
+            if importance is None and material.config.gguf_importance is not None:
+                importance = measure_importance(source, _importance_rows(material))
+            file = quantize_gguf(source, folder / f"model-{kind}.gguf", kind, importance=importance)
         rows.append(_run_gguf(material, file))
     return rows
+
+
+def _importance_rows(material: Material) -> list[list[int]]:
+    """The beginning of the text that importance is measured over, in rows that begin as a text does."""
+    tokenizer, size = material.stage.tokenizer, min(_IMPORTANCE_ROW, material.stage.config.context_length) - 1
+    ids = tokenizer.encode(epath.Path(material.config.gguf_importance).read_text())[: _IMPORTANCE_ROWS * size]
+    if not ids:
+        raise ValueError(f"gguf_importance: {material.config.gguf_importance} is empty; give a text like those the model is for")
+    return [[tokenizer.bos_id, *ids[first : first + size]] for first in range(0, len(ids), size)]
 
 
 def _run_gguf(material: Material, file: epath.Path) -> Row:

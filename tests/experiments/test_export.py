@@ -9,7 +9,7 @@ import pytest
 import run
 from data_pipelines import Document, TokenizerConfig, train_tokenizer
 from experiments.export import formats
-from lfm_jax.interop import export_folder
+from lfm_jax.interop import export_folder, gguf_quantize
 from lfm_jax.models import Decoder, ModelConfig, MoEConfig, functional
 
 DENSE = {
@@ -74,6 +74,25 @@ def test_an_unknown_type_is_told_in_one_paragraph(tokenizer, tmp_path, capsys):
     assert run.main([*command, "--config.export.formats=gguf", "--config.export.gguf_types=Q9_0"]) == 2
     shown = capsys.readouterr().err
     assert "--config.export: " in shown and "Q9_0" in shown and shown.count("\n") == 1
+
+
+def test_importance_is_measured_once_over_the_text_that_is_given(tokenizer, tmp_path, capsys, monkeypatch):
+    rows, given = [], []
+    monkeypatch.setattr(gguf_quantize, "measure_importance", lambda file, text: rows.append(text) or {"a": 1})
+    copied = lambda source, path, kind, importance: given.append((kind, importance)) or source.copy(path, overwrite=True)
+    monkeypatch.setattr(gguf_quantize, "quantize_gguf", copied)
+    stage = _stage(MODELS["tied"], tokenizer, tmp_path / "stage")
+    (tmp_path / "text").write_text("Line 7 says caf\u00e9 3.\n" * 50)
+    command = ["--config=configs/export.py", f"--workdir={tmp_path / 'run'}", f"--config.init_from={stage}"]
+    command += ["--config.export.formats=gguf", "--config.export.gguf_types=Q4_K_M,Q6_K", "--config.export.check_tokens=0"]
+    assert run.main([*command, f"--config.export.gguf_importance={tmp_path / 'text'}"]) == 0
+    assert given == [("Q4_K_M", {"a": 1}), ("Q6_K", {"a": 1})]
+    ((first, *others),) = rows
+    assert len(first) == 256 and {row[0] for row in [first, *others]} == {1} and all(1 not in row[1:] for row in [first, *others])
+    (tmp_path / "text").write_text("")
+    command[1] = f"--workdir={tmp_path / 'other'}"
+    assert run.main([*command, f"--config.export.gguf_importance={tmp_path / 'text'}"]) == 2
+    assert "text is empty; give a text like those the model is for" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_told_in_one_paragraph(tokenizer, tmp_path, capsys, monkeypatch):
