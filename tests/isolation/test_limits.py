@@ -80,11 +80,11 @@ def test_no_disk_is_filled(tmp_path):
 
 
 def _children():
-    return sorted(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+    return {child for path in Path("/proc/self/task").glob("*/children") for child in path.read_text().split()}
 
 
 def test_no_child_is_left():
     before = _children()
     with pytest.raises(LimitError, match="no answer in 1 seconds"):
         call(child_functions.wait, seconds=1.0)
-    assert _children() == before
+    assert _children() <= before  # of which one may have ended meanwhile
