@@ -13,10 +13,12 @@ import numpy as np
 from data_pipelines.conversations.chat_formats import Template
 from data_pipelines.conversations.examples import ConversationEncoder, Examples
 from data_pipelines.conversations.reading import (
+    SUFFIXES,
     Conversation,
     ConversationsConfig,
     Wrong,
     read_message,
+    read_object,
     read_tools,
     split_fraction,
 )
@@ -36,7 +38,6 @@ from data_pipelines.tokenization.tokenizer import Tokenizer
 
 # Pairs that are rendered and encoded together.
 _TOGETHER = 256
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 class Preference(NamedTuple):
@@ -66,9 +67,9 @@ def read_preferences(
       ValueError: a bad record and no quarantine, a damaged file, a source of other files, or a split without a pair.
     """
     files = find_text_files(config.source)
-    others = [name for name, _ in files if not name.endswith(_SUFFIXES)]
+    others = [name for name, _ in files if not name.endswith(SUFFIXES)]
     if others:
-        raise ValueError(f"source {config.source!r} holds {others[0]}; pairs are read from {', '.join(_SUFFIXES)}")
+        raise ValueError(f"source {config.source!r} holds {others[0]}; pairs are read from {', '.join(SUFFIXES)}")
     found = False
     parse = functools.partial(_parse, max_bytes=config.max_record_bytes)
     for file, path in files:
@@ -88,17 +89,7 @@ def read_preferences(
 
 def _parse(line: bytes, max_bytes: int) -> tuple[str, None]:
     """A line's pair, as the JSON of [prompt, chosen, rejected, tools], and no difficulty."""
-    if len(line) > max_bytes:
-        raise BadRecord("too_long", f"the line is longer than {max_bytes} bytes; split the record, or raise the limit", line)
-    try:
-        record = json.loads(line.decode())
-        json.dumps(record, ensure_ascii=False).encode()  # "\ud800" is valid JSON
-    except UnicodeError as error:
-        raise BadRecord("no_utf8", f"no UTF-8 ({error.reason}); repair or remove the record", line) from error
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("no_json", f"no JSON ({error}); repair or remove the line", line) from error
-    if not isinstance(record, dict):
-        raise BadRecord("no_object", f"expected a JSON object with 'chosen' and 'rejected', got {type(record).__name__}", line)
+    record = read_object(line, max_bytes, "'chosen' and 'rejected'")
     missing = [name for name in ("chosen", "rejected") if not isinstance(record.get(name), str | list)]
     if missing:
         raise BadRecord("no_field", f"expected text or a list of messages {missing[0]!r}; name it so", line)

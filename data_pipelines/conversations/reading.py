@@ -18,7 +18,7 @@ _SHAREGPT_ROLES = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "tool": "tool",
     "observation": "tool", "function_call": "assistant",
 }  # fmt: skip
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 class Conversation(NamedTuple):
@@ -71,9 +71,9 @@ def read_conversations(
     if split not in ("train", "held_out"):
         raise ValueError(f"split must be 'train' or 'held_out', got {split!r}")
     files = find_text_files(config.source)
-    others = [name for name, _ in files if not name.endswith(_SUFFIXES)]
+    others = [name for name, _ in files if not name.endswith(SUFFIXES)]
     if others:
-        raise ValueError(f"source {config.source!r} holds {others[0]}; conversations are read from {', '.join(_SUFFIXES)}")
+        raise ValueError(f"source {config.source!r} holds {others[0]}; conversations are read from {', '.join(SUFFIXES)}")
     found = False
     parse = functools.partial(_parse, max_bytes=config.max_record_bytes)
     for name, path in files:
@@ -104,6 +104,16 @@ def _parse(line: bytes, max_bytes: int) -> tuple[str, None]:
     (neither messages nor conversations), "no_message" (one that is none), "no_call" (a tool call, or tools, that are none) and
     "no_answer" (the assistant says nothing).
     """
+    record = read_object(line, max_bytes, "'messages'")
+    try:
+        messages, tools = _messages(record), read_tools(record.get("tools"))
+    except Wrong as wrong:
+        raise BadRecord(wrong.reason, str(wrong), line) from wrong
+    return json.dumps([messages, tools]), None
+
+
+def read_object(line: bytes, max_bytes: int, expected: str) -> dict[str, Any]:
+    """The JSON object of a line, all of whose text is UTF-8. expected: what it should have, for errors. Raises BadRecord."""
     if len(line) > max_bytes:
         raise BadRecord("too_long", f"the line is longer than {max_bytes} bytes; split the record, or raise the limit", line)
     try:
@@ -114,12 +124,8 @@ def _parse(line: bytes, max_bytes: int) -> tuple[str, None]:
     except (ValueError, RecursionError) as error:
         raise BadRecord("no_json", f"no JSON ({error}); repair or remove the line", line) from error
     if not isinstance(record, dict):
-        raise BadRecord("no_object", f"expected a JSON object with 'messages', got {type(record).__name__}", line)
-    try:
-        messages, tools = _messages(record), read_tools(record.get("tools"))
-    except Wrong as wrong:
-        raise BadRecord(wrong.reason, str(wrong), line) from wrong
-    return json.dumps([messages, tools]), None
+        raise BadRecord("no_object", f"expected a JSON object with {expected}, got {type(record).__name__}", line)
+    return record
 
 
 class Wrong(Exception):
