@@ -17,7 +17,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from data_pipelines import LoaderConfig, Quarantine, Tokenizer, TokenizerConfig
+from data_pipelines import LoaderConfig, Quarantine, Tokenizer
 from data_pipelines.conversations import (
     ConversationsConfig,
     PairRows,
@@ -28,11 +28,11 @@ from data_pipelines.conversations import (
 )
 from data_pipelines.loading.rows import Place
 from experiments.conversations import ConversationSources, find_template
-from experiments.export import ExportConfig, export_and_check
-from experiments.prepared_data import prepare_tokenizer
+from experiments.export import ExportConfig
+from experiments.fine_tuning import Measure, begin, fine_tune
 from experiments.results import write_results
-from experiments.stages import TOKENIZER, Stage, load_stage, mesh_for, write_model_config
-from lfm_jax.configuration import ConfigError, mistakes_in, to_mapping
+from experiments.stages import TOKENIZER, Stage
+from lfm_jax.configuration import mistakes_in, to_mapping
 from lfm_jax.models import ComputeConfig
 from lfm_jax.models.accounting import training_flops_per_token
 from lfm_jax.models.functional import Tree
@@ -41,16 +41,13 @@ from lfm_jax.training import (
     OptimizerConfig,
     PreferenceConfig,
     TrainConfig,
-    check_mesh,
     host_part,
     make_eval_step,
     make_log_probs_step,
-    make_optimizer,
     make_schedule,
     place_batch,
     preference_objective,
     read_metrics,
-    train,
 )
 from lfm_jax.training.fingerprint import fingerprints
 from lfm_jax.training.goodput import Ledger, process_age, summary, table
@@ -111,52 +108,22 @@ def main(config: Config, workdir: epath.Path) -> None:
 
 def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:
     with ledger.kind("preparation"):
-        for batch_size, _ in config.loader.shapes():
-            mesh = mesh_for(config.mesh, batch_size, config.train.accumulation)
-        before = load_stage(config.init_from, config.compute, mesh)
-        with mistakes_in("mesh"):
-            check_mesh(before.functions, mesh)
-        tokenizer = prepare_tokenizer(workdir, None, TokenizerConfig(), str(before.tokenizer_path))
+        beginning = begin(config, workdir)
+        mesh, before, tokenizer = beginning
         pairs = _prepare(config, workdir, tokenizer)
-        write_model_config(workdir, before.config)
         if config.reference == "precomputed":
             pairs = _with_references(config, pairs, before, mesh, workdir)
         index, count = host_part(mesh)
         with mistakes_in("loader"):
             batches = preference_batches(pairs.train, config.loader, process_index=index, process_count=count)
-        if config.train.steps > len(batches):
-            raise ConfigError(
-                f"train.steps is {config.train.steps}, but loader.epochs={config.loader.epochs} of the pairs make "
-                f"{len(batches)} batches; raise loader.epochs (None: without end), or set --config.train.steps={len(batches)}."
-            )
         measure = _measure(config, pairs.held_out, before, mesh)
-    with ledger.kind("evaluation"):
-        at_first = measure(before.params, before.buffers, None)
     tokens = sum(rows.tokens for rows in pairs.train) / sum(len(rows.counts) for rows in pairs.train)
-    trained = train(
-        config.train,
-        functions=before.functions,
-        optimizer=make_optimizer(config.optimizer, config.train.steps),
+    figures = fine_tune(
+        config, workdir, ledger, beginning, batches=batches, measure=measure,
         objective=preference_objective(config.preference, block=config.block),
-        batches=batches,
-        mesh=mesh,
-        workdir=workdir,
-        run_config=to_mapping(config),
-        evaluate=lambda params, buffers: measure(params, buffers, config.evaluation_batches),
-        initial=(before.params, before.buffers),
-        flops_per_token=tokens * training_flops_per_token(before.config, config.loader.seq_len),  # the loop counts pairs
-        ledger=ledger,
-    )
-    stage = before._replace(
-        params=trained.state.params, buffers=trained.state.buffers, tokenizer_path=workdir / TOKENIZER, step=config.train.steps
-    )
-    with ledger.kind("evaluation"):
-        figures = measure(stage.params, stage.buffers, None)
-    figures |= {f"{name}_before": value for name, value in at_first.items()}
-    figures |= _figures_of_training(config, workdir, pairs)
-    if config.export is not None:
-        figures |= export_and_check(config.export, stage, workdir)
-    return figures | {"resumed_at_step": trained.started_at}
+        flops=tokens * training_flops_per_token(before.config, config.loader.seq_len),  # the loop counts pairs
+    )  # fmt: skip
+    return figures | _figures_of_training(config, workdir, pairs)
 
 
 def _prepare(config: Config, workdir: epath.Path, tokenizer: Tokenizer) -> Pairs:
@@ -244,9 +211,7 @@ def _write_reference(path: epath.Path, fingerprint: str, log_probs: np.ndarray) 
         part.replace(path)
 
 
-def _measure(
-    config: Config, held_out: Sequence[PairRows], stage: Stage, mesh: Mesh
-) -> Callable[[Tree, Tree, int | None], dict[str, float]]:
+def _measure(config: Config, held_out: Sequence[PairRows], stage: Stage, mesh: Mesh) -> Measure:
     """(params, buffers, most batches) -> loss and metrics of `preference_losses` of held-out pairs: of all sources alike, and of
     each."""
     index, count = host_part(mesh)

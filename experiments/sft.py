@@ -3,21 +3,20 @@
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from data_pipelines import LoaderConfig, TokenizerConfig
+from data_pipelines import LoaderConfig
 from data_pipelines.conversations import Examples, PackedConversations, conversation_batches, conversation_evaluation_batches
 from experiments.conversations import ConversationSources, PreparedConversations, prepare_conversations, source_figures
-from experiments.export import ExportConfig, export_and_check
-from experiments.prepared_data import prepare_tokenizer
+from experiments.export import ExportConfig
+from experiments.fine_tuning import Measure, begin, fine_tune
 from experiments.results import write_results
-from experiments.stages import TOKENIZER, Stage, load_stage, mesh_for, write_model_config
-from lfm_jax.configuration import ConfigError, mistakes_in, to_mapping
+from experiments.stages import Stage
+from lfm_jax.configuration import mistakes_in
 from lfm_jax.models import ComputeConfig
 from lfm_jax.models.accounting import training_flops_per_token
 from lfm_jax.models.functional import Tree
@@ -26,15 +25,12 @@ from lfm_jax.training import (
     LossConfig,
     OptimizerConfig,
     TrainConfig,
-    check_mesh,
     evaluate_loss,
     host_part,
     make_eval_step,
-    make_optimizer,
     make_schedule,
     next_token_objective,
     read_metrics,
-    train,
 )
 from lfm_jax.training.goodput import Ledger, process_age, summary, table
 
@@ -76,55 +72,22 @@ def main(config: Config, workdir: epath.Path) -> None:
 
 def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:
     with ledger.kind("preparation"):
-        for batch_size, _ in config.loader.shapes():
-            mesh = mesh_for(config.mesh, batch_size, config.train.accumulation)
-        before = load_stage(config.init_from, config.compute, mesh)
-        with mistakes_in("mesh"):
-            check_mesh(before.functions, mesh)
-        tokenizer = prepare_tokenizer(workdir, None, TokenizerConfig(), str(before.tokenizer_path))
-        text = prepare_conversations(config.data, workdir, tokenizer, workdir / TOKENIZER)
-        write_model_config(workdir, before.config)
+        beginning = begin(config, workdir)
+        mesh, before, tokenizer = beginning
+        text = prepare_conversations(config.data, workdir, tokenizer, before.tokenizer_path)
         index, count = host_part(mesh)
         with mistakes_in("loader"):
             batches = conversation_batches(text.train, config.loader, tokenizer, process_index=index, process_count=count)
             measure = _measure(config, text, before, mesh)
             packed = [PackedConversations(examples, config.loader.seq_len) for examples in text.train]
-        if config.train.steps > len(batches):
-            raise ConfigError(
-                f"train.steps is {config.train.steps}, but loader.epochs={config.loader.epochs} of the conversations make "
-                f"{len(batches)} batches; raise loader.epochs (None: without end), or set --config.train.steps={len(batches)}."
-            )
-    with ledger.kind("evaluation"):
-        at_first = measure(before.params, before.buffers, None)
-    trained = train(
-        config.train,
-        functions=before.functions,
-        optimizer=make_optimizer(config.optimizer, config.train.steps),
-        objective=next_token_objective(config.loss),
-        batches=batches,
-        mesh=mesh,
-        workdir=workdir,
-        run_config=to_mapping(config),
-        evaluate=lambda params, buffers: measure(params, buffers, config.evaluation_batches),
-        initial=(before.params, before.buffers),
-        flops_per_token=training_flops_per_token(before.config, config.loader.seq_len),
-        ledger=ledger,
-    )
-    stage = before._replace(
-        params=trained.state.params, buffers=trained.state.buffers, tokenizer_path=workdir / TOKENIZER, step=config.train.steps
-    )
-    with ledger.kind("evaluation"):
-        figures = measure(stage.params, stage.buffers, None)
-    figures |= {f"{name}_before": value for name, value in at_first.items()}
-    figures |= _figures_of_training(config, workdir, text.train, packed)
-    if config.export is not None:
-        figures |= export_and_check(config.export, stage, workdir)
-    return figures | {"resumed_at_step": trained.started_at}
+    figures = fine_tune(
+        config, workdir, ledger, beginning, batches=batches, objective=next_token_objective(config.loss), measure=measure,
+        flops=training_flops_per_token(before.config, config.loader.seq_len),
+    )  # fmt: skip
+    return figures | _figures_of_training(config, workdir, text.train, packed)
 
 
-def _measure(
-    config: Config, text: PreparedConversations, stage: Stage, mesh: Mesh
-) -> Callable[[Tree, Tree, int | None], dict[str, float]]:
+def _measure(config: Config, text: PreparedConversations, stage: Stage, mesh: Mesh) -> Measure:
     """(params, buffers, most batches) -> nll_per_token of what assistants say, in nats: of all sources alike, and of each."""
     index, count = host_part(mesh)
     step = make_eval_step(stage.functions, next_token_objective(LossConfig()), mesh)

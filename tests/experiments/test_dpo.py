@@ -110,7 +110,7 @@ def test_it_begins_with_log_2_on_a_mesh_of_all_kinds(folder, tuned, tmp_path):
         ({"reference": "none"}, "reference is 'none', but this loss has one"),
         ({"block": 0}, "block must be at least 1 token, got 0"),
         ({"loader.weights": "1,2"}, "loader.weights has 2 shares for 1 data.sources"),
-        ({"loader.epochs": 1, "train.steps": 50}, "train.steps is 50, but loader.epochs=1 of the pairs make"),
+        ({"loader.epochs": 1, "train.steps": 50}, "train.steps is 50, but loader.epochs=1 of the data make"),
         ({"loader.seq_len": 4}, "no pair has of both answers something in their first 4 tokens"),
     ],
 )

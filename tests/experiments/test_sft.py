@@ -131,7 +131,7 @@ def test_what_is_written_of_tasks_is_solved_and_of_its_split(folder, tmp_path):
         ({"data.sources": "nowhere.jsonl"}, "--config.data.sources: "),
         ({"data.held_out_share": "0"}, "held_out_share must be above 0 and below 1, got 0"),
         ({"loader.weights": "1"}, "loader.weights has 1 shares for 2 data.sources"),
-        ({"loader.epochs": "1"}, "train.steps is 300, but loader.epochs=1 of the conversations make"),
+        ({"loader.epochs": "1"}, "train.steps is 300, but loader.epochs=1 of the data make"),
         ({"data.bad_records_limit": "2"}, "bad_records_limit must be a share from 0 to 1, got 2"),
     ],
 )
