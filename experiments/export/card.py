@@ -24,18 +24,22 @@ def write_card(path: epath.Path, stage: Stage, rows: Sequence[Row]) -> None:
     """Writes the card. Figures of the run that the model is of are told where its results.json has them."""
     config = stage.config
     lines = ["# Model card", "", _described(config), *_trained(stage), "", "## Files", ""]
-    lines += ["| file | MB | run by | largest difference | greedy agreement | tokens/s here |", "|---|---|---|---|---|---|"]
+    columns = ("file", "MB", "run by", "largest difference", "greedy agreement", "tokens/s here", "first token, ms", "peak MB")
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     shown = lambda value, form: "" if value is None else format(value, form)
     lines += [
         f"| {row.file} | {row.bytes / 1e6:.2f} | {row.runtime or ''} | {shown(row.max_difference, '.1e')} | "
-        f"{shown(row.greedy_agreement, '.0%')} | {shown(row.tokens_per_second, ',.0f')} |"
+        f"{shown(row.greedy_agreement, '.0%')} | {shown(row.tokens_per_second, ',.0f')} | "
+        f"{shown(row.first_token_seconds and 1000 * row.first_token_seconds, '.1f')} | "
+        f"{shown(row.peak_bytes and row.peak_bytes / 1e6, ',.0f')} |"
         for row in rows
         if row.runtime  # not the small files beside the weights of hf
     ]
     lines += [
         "", "Differences are of logits, for GGUF of log-probabilities, between the runtime and the model it was made of, over a",
         "short text; greedy agreement is the share of its positions with the same most likely token, for GGUF the share of a",
-        "greedy continuation before the first other token.", "", "## To run them", "",
+        "greedy continuation before the first other token. The first token comes after a prompt of 128; the peak is of memory",
+        "above what the process had before it opened the file.", "", "## To run them", "",
     ]  # fmt: skip
     lines += [f"- {kind}: {how}" for kind, how in _RUN.items() if any(kind in row.file for row in rows)]
     path.write_text("\n".join(lines) + "\n")

@@ -35,7 +35,8 @@ class Row(NamedTuple):
     max_difference: the largest from ours over all that was compared, of logits, or of log-probabilities in GGUF's case.
     greedy_agreement: share of positions with the same most likely token; in GGUF's case of a continuation, up to the first token
       that is another.
-    tokens_per_second: decoded by the runtime on this machine, one sequence.
+    tokens_per_second: decoded by the runtime on this machine, one sequence. first_token_seconds, peak_bytes: of the PyTorch,
+      ExecuTorch and ONNX programs, see `measure_speed`; the prompt has 128 tokens.
     """
 
     file: str
@@ -44,6 +45,8 @@ class Row(NamedTuple):
     max_difference: float | None = None
     greedy_agreement: float | None = None
     tokens_per_second: float | None = None
+    first_token_seconds: float | None = None
+    peak_bytes: int | None = None
 
 
 class Material:
@@ -87,12 +90,12 @@ class Material:
         """Of what an exporter returned. opened: how its runtime is timed; None: it is not."""
         from lfm_jax.interop.exported_file import measure_speed
 
-        speed = None
+        relative = epath.Path(found.file).relative_to(self.folder.parent)
+        row = Row(str(relative), found.bytes, runtime, found.max_logit_difference, found.greedy_agreement)
         if opened is not None and self.capacity >= _TIMED_PROMPT + _TIMED_NEW:
             measured = measure_speed(opened, found.file, prompt_tokens=_TIMED_PROMPT, new_tokens=_TIMED_NEW)
-            speed = measured.tokens_per_second
-        relative = epath.Path(found.file).relative_to(self.folder.parent)
-        return Row(str(relative), found.bytes, runtime, found.max_logit_difference, found.greedy_agreement, speed)
+            row = row._replace(**measured._asdict())
+        return row
 
 
 def settings_for(tokenizer: Tokenizer) -> GenerationSettings:
@@ -211,12 +214,15 @@ EXPORTERS: dict[str, Callable[[Material], list[Row]]] = {
 
 def print_table(rows: Sequence[Row]) -> None:
     """To the terminal."""
-    table = Table(Column("file", overflow="fold"), "MB", "runtime", "largest difference", "greedy", "tokens/s")
+    columns = ("MB", "runtime", "largest difference", "greedy", "tokens/s", "first token, ms", "peak MB")
+    table = Table(Column("file", overflow="fold"), *columns)
     shown = lambda value, form: "" if value is None else format(value, form)
     for row in rows:
         table.add_row(
             row.file, f"{row.bytes / 1e6:.2f}", row.runtime or "", shown(row.max_difference, ".1e"),
             shown(row.greedy_agreement, ".0%"), shown(row.tokens_per_second, ",.0f"),
+            shown(row.first_token_seconds and 1000 * row.first_token_seconds, ".1f"),
+            shown(row.peak_bytes and row.peak_bytes / 1e6, ",.0f"),
         )  # fmt: skip
     Console().print(table)
 
