@@ -7,7 +7,7 @@ from data_pipelines.conversations.batches import (
 )
 from data_pipelines.conversations.chat_formats import CHAT_FORMATS, ChatFormat, JinjaTemplate, Rendering, Template
 from data_pipelines.conversations.describe import describe_row
-from data_pipelines.conversations.examples import ConversationEncoder, Examples, encode_conversations
+from data_pipelines.conversations.examples import ConversationEncoder, Examples, encode_conversations, symbol_ids
 from data_pipelines.conversations.preferences import (
     PairRows,
     Preference,
@@ -17,11 +17,12 @@ from data_pipelines.conversations.preferences import (
     read_preferences,
 )
 from data_pipelines.conversations.reading import Conversation, ConversationsConfig, read_conversations
-from data_pipelines.conversations.turns import Turns, render_prompts, render_turns
+from data_pipelines.conversations.turns import Turns, part_symbols, render_prompts, render_turns
 
 __all__ = [
     "CHAT_FORMATS", "ChatFormat", "Conversation", "ConversationEncoder", "ConversationsConfig", "Examples", "JinjaTemplate",
     "PackedConversations", "PairRows", "Preference", "Rendering", "Template", "Turns", "conversation_batches",
-    "conversation_evaluation_batches", "describe_row", "encode_conversations", "encode_preferences", "preference_batches",
-    "preference_evaluation_batches", "read_conversations", "read_preferences", "render_prompts", "render_turns",
+    "conversation_evaluation_batches", "describe_row", "encode_conversations", "encode_preferences", "part_symbols",
+    "preference_batches", "preference_evaluation_batches", "read_conversations", "read_preferences", "render_prompts",
+    "render_turns", "symbol_ids",
 ]

@@ -136,27 +136,26 @@ def _without_symbols(conversation: Conversation, template: Template) -> tuple[li
     mark = next((mark for mark in _MARKS if mark not in used), None)
     if mark is None:
         raise ValueError(f"{conversation.name} spells symbols and has each of the {len(_MARKS)} marks that part them; remove it")
-    return [_part_message(message, mark) for message in messages], _part(tools, mark), mark
+    return [_part_message(message, mark) for message in messages], part_symbols(tools, mark), mark
 
 
 def _part_message(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
-    parted = _part(message, mark)
+    parted = part_symbols(message, mark)
     content = message.get("content")
     if message["role"] == "assistant" and isinstance(content, str):
-        calls = [
-            CALL + _part(call.removeprefix(CALL).removesuffix(END_CALL), mark) + END_CALL for call in _CALLS.findall(content)
-        ]
-        texts = [_part(text, mark) for text in _CALLS.split(content)]
+        inside = [call.removeprefix(CALL).removesuffix(END_CALL) for call in _CALLS.findall(content)]
+        calls = [CALL + part_symbols(call, mark) + END_CALL for call in inside]
+        texts = [part_symbols(text, mark) for text in _CALLS.split(content)]
         parted["content"] = "".join(itertools.chain(*itertools.zip_longest(texts, calls, fillvalue="")))
     return parted
 
 
-def _part(value: Any, mark: str) -> Any:
-    """No text in it begins or ends a symbol."""
+def part_symbols(value: Any, mark: str) -> Any:
+    """Plain values in which no text begins or ends a symbol: a mark, which no text has, parts what would. Names of fields too."""
     if isinstance(value, str):
         return value.replace("<|", f"<{mark}|").replace("|>", f"|{mark}>")
     if isinstance(value, Mapping):
-        return {_part(name, mark): _part(item, mark) for name, item in value.items()}
+        return {part_symbols(name, mark): part_symbols(item, mark) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_part(item, mark) for item in value]
+        return [part_symbols(item, mark) for item in value]
     return value

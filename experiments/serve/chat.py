@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from data_pipelines import Tokenizer
+from data_pipelines.conversations import part_symbols, symbol_ids
 from data_pipelines.tokenization.tokenizer import SYMBOLS
 from experiments.serve.requests import RequestError, strings
 from lfm_jax.interop.chat_template import read_template, render
@@ -26,12 +27,7 @@ class ChatFormat:
         """special_tokens: by the names that the template uses, as in `render`; without them, those of LFM2."""
         self._tokenizer, self._template = tokenizer, template
         self._special_tokens = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": _PAD} | dict(special_tokens or {})
-        self.symbols = {_BOS: tokenizer.bos_id, _EOS: tokenizer.eos_id, _PAD: tokenizer.pad_id}
-        for symbol in SYMBOLS[3:]:
-            try:
-                self.symbols[symbol] = tokenizer.symbol_id(symbol)
-            except ValueError:  # then it is text in the template, too
-                continue
+        self.symbols = symbol_ids(tokenizer)  # one that it has not is text in the template, too
         self._pattern = re.compile("(" + "|".join(map(re.escape, self.symbols)) + ")")
         self.stop_ids = tuple(dict.fromkeys(self.symbols[symbol] for symbol in (_END, _EOS) if symbol in self.symbols))
 
@@ -47,7 +43,7 @@ class ChatFormat:
             raise RequestError("the messages use every private-use character of Unicode; leave one out", "messages")
         try:
             text = render(
-                self._template, _broken(messages, mark), tools=_broken(tools, mark) or None, add_generation_prompt=True,
+                self._template, part_symbols(messages, mark), tools=part_symbols(tools, mark) or None, add_generation_prompt=True,
                 special_tokens=self._special_tokens, name="the chat template",
             )  # fmt: skip
         except ValueError as error:
@@ -70,17 +66,6 @@ class ChatFormat:
                 pieces.append((piece.replace(mark, ""), self.symbols.get(piece)))
             before = piece
         return pieces
-
-
-def _broken(value: Any, mark: str) -> Any:
-    """No text in it begins or ends a symbol: the template alone can spell one."""
-    if isinstance(value, str):
-        return value.replace("<|", f"<{mark}|").replace("|>", f"|{mark}>")
-    if isinstance(value, Mapping):
-        return {_broken(name, mark): _broken(item, mark) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_broken(item, mark) for item in value]
-    return value
 
 
 def read_chat_format(tokenizer: Tokenizer, path: epath.Path) -> ChatFormat:
