@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -214,8 +215,10 @@ EXPORTERS: dict[str, Callable[[Material], list[Row]]] = {
 
 def print_table(rows: Sequence[Row]) -> None:
     """To the terminal."""
-    columns = ("MB", "runtime", "largest difference", "greedy", "tokens/s", "first token, ms", "peak MB")
-    table = Table(Column("file", overflow="fold"), *columns)
+    # In 80 columns only the names of files are folded.
+    figures = ("MB", "runtime", "largest\ndifference", "greedy", "tokens/s", "first\ntoken, ms", "peak MB")
+    columns = (Column(name, no_wrap=True, justify="left" if name == "runtime" else "right") for name in figures)
+    table = Table(Column("file", overflow="fold"), *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown = lambda value, form: "" if value is None else format(value, form)
     for row in rows:
         table.add_row(
