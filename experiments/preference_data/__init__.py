@@ -10,30 +10,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from rich.progress import track
 
-from data_pipelines.conversations import ConversationEncoder
 from data_pipelines.tasks import Split
-from experiments.conversations import find_template
+from experiments.answering import Answerer
 from experiments.judges import Judge, JuryConfig, absolute_score, ask, make_jury
 from experiments.preference_data.pairs import Candidate, Choice, Rule, choose_pair, combined
 from experiments.preference_data.prompts import Prompt, Source, fingerprint, shards
 from experiments.results import write_json, write_results
-from experiments.stages import Stage, load_stage
+from experiments.stages import load_stage
 from lfm_jax.configuration import ConfigError, mistakes_in
-from lfm_jax.generation import Completion, Engine, EngineConfig, Request, SamplingConfig
-from lfm_jax.generation.loops import classify
-from lfm_jax.generation.repetition import repeated_share
+from lfm_jax.generation import Completion, EngineConfig, Request, SamplingConfig
 from lfm_jax.models import ComputeConfig
 from lfm_jax.sharding import MeshConfig, make_mesh
 
 _RULES: tuple[Rule, ...] = ("loop_first", "score")
 _VERIFIER = "verifier"
-_NGRAM = 10  # tokens; shorter ones repeat in every table (lfm_jax.generation.repetition)
-_ENDS = ("<|im_end|>", "<|endoftext|>")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,10 +107,7 @@ def main(config: Config, workdir: epath.Path) -> None:
     with mistakes_in("mesh"):
         mesh = make_mesh(config.mesh, jax.local_devices())
     stage = load_stage(config.init_from, config.compute, mesh)
-    engine = Engine(stage.functions, stage.config, stage.params, stage.buffers, config.engine, mesh=mesh)
-    with mistakes_in("chat_format"):
-        encoder = ConversationEncoder(stage.tokenizer, find_template(config.chat_format, stage.tokenizer_path))
-    policy = _Policy(config, stage, engine, encoder)
+    policy = _Policy(config, Answerer(stage, config.chat_format, config.engine, mesh))
     jury = make_jury(config.judges, config.compute, config.mesh)
     for folder in ("rollouts", "pairs", "counts"):
         (workdir / folder).mkdir(parents=True, exist_ok=True)
@@ -153,52 +144,32 @@ def answer_seed(seed: int, prompt: int, rollout: int) -> int:
 class _Policy:
     """The model that answers."""
 
-    def __init__(self, config: Config, stage: Stage, engine: Engine, encoder: ConversationEncoder):
-        self._config, self._engine, self._encoder = config, engine, encoder
-        self._decode, self._symbols = stage.tokenizer.decode, {index: symbol for symbol, index in encoder.symbols.items()}
-        self._stop_ids = tuple(encoder.symbols[symbol] for symbol in _ENDS if symbol in encoder.symbols)
+    def __init__(self, config: Config, answerer: Answerer):
+        self._config, self._answerer = config, answerer
 
     def answer(self, prompts: Sequence[Prompt]) -> list[list[dict[str, Any]] | str]:
         """The answers to each prompt; or why there are none."""
         requests: list[list[Request] | str] = [self._requests(prompt) for prompt in prompts]
-        found = iter(self._engine.run([request for each in requests if not isinstance(each, str) for request in each]))
+        every = [request for each in requests if not isinstance(each, str) for request in each]
+        found = iter(self._answerer.engine.run(every))
         return [each if isinstance(each, str) else [self._told(request, next(found)) for request in each] for each in requests]
 
     def _requests(self, prompt: Prompt) -> list[Request] | str:
         config = self._config
         try:
-            ids = tuple(self._encoder.prompts([prompt.conversation])[0].tolist())
+            ids = self._answerer.prompt(prompt.conversation, config.max_new_tokens)
         except ValueError as error:
-            return f"refused: {error}"
-        if len(ids) + config.max_new_tokens > self._engine.context:
-            return f"too_long: {len(ids)} tokens and an answer of {config.max_new_tokens}, in a context of {self._engine.context}"
+            return str(error)
         draw = SamplingConfig(temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.max_new_tokens)
         each = [
             dataclasses.replace(draw, seed=answer_seed(config.seed, prompt.number, rollout)) for rollout in range(config.samples)
         ]
         each += [dataclasses.replace(draw, temperature=0.0)] * config.greedy
-        return [Request(prompt=ids, sampling=sampling, stop_ids=self._stop_ids) for sampling in each]
+        return [self._answerer.request(ids, sampling) for sampling in each]
 
     def _told(self, request: Request, completion: Completion) -> dict[str, Any]:
-        tokens = completion.tokens
-        row = np.array(tokens)[None]
-        return {
-            "kind": "sampled" if request.sampling.temperature else "greedy", "seed": request.sampling.seed,
-            "text": self._text(tokens), "token_ids": tokens, "log_prob_sum": float(np.sum(completion.log_probs)),
-            "tokens": len(tokens), "finish_reason": completion.finish_reason,
-            "ending": classify(tokens, completion.finish_reason),
-            "repetition": float(repeated_share(row, np.ones_like(row), _NGRAM)[0]),
-        }  # fmt: skip
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        """With the symbols that the model writes, such as those around a call; without what ends its turn."""
-        text, run = "", []
-        for token in (token for token in tokens if token not in self._stop_ids):
-            if token in self._symbols:
-                text, run = text + self._decode(run) + self._symbols[token], []
-            else:
-                run.append(token)
-        return text + self._decode(run)
+        kind = "sampled" if request.sampling.temperature else "greedy"
+        return {"kind": kind, "seed": request.sampling.seed, **self._answerer.told(completion)}
 
 
 def _make_shard(
