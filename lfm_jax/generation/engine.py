@@ -8,20 +8,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from lfm_jax.generation import slots as device
-from lfm_jax.generation.loops import LoopConfig, LoopDetector
 from lfm_jax.generation.prefixes import Prefixes
-from lfm_jax.generation.sampling import SamplingConfig, needs_of, settings_of
-from lfm_jax.generation.text import TextStream
+from lfm_jax.generation.requests import Answer, Completion, Request, Update, cancelled, joined
+from lfm_jax.generation.sampling import needs_of, settings_of
 from lfm_jax.generation.weights import quantize_weights
 from lfm_jax.models import DecoderCache, FunctionalModel, ModelConfig
 from lfm_jax.models.functional import Tree
 
 Weights = Literal["float", "int8"]
-FinishReason = Literal["stop", "length", "loop", "cancelled"]
 MOST_TOP_LOG_PROBS = 20
 _LEAST_CAPACITY, _LEAST_CALL = 64, 8
 
@@ -56,86 +55,6 @@ class EngineConfig:
             raise ValueError(f"context must have room for a prompt and an answer, got {self.context}")
         if self.prefix_bytes < 0:
             raise ValueError(f"prefix_bytes must not be negative, got {self.prefix_bytes}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """A prompt to be continued.
-
-    prompt: token ids, at least one.
-    stop_ids: the answer ends with the first of these, which is its last token.
-    stop_strings: it ends where the first of these begins in its text.
-    loop: it ends where it has come to loop; None: it may.
-    top_log_probs: how many of the most likely tokens are told beside each that was chosen.
-    """
-
-    prompt: tuple[int, ...]
-    sampling: SamplingConfig = SamplingConfig()
-    stop_ids: tuple[int, ...] = ()
-    stop_strings: tuple[str, ...] = ()
-    loop: LoopConfig | None = None
-    top_log_probs: int = 0
-
-
-class Update(NamedTuple):
-    """What is new of an answer.
-
-    tokens, log_probs: the chosen ones, and how likely the model held each (before penalty, temperature and truncation).
-    top: for each, the most likely tokens and their log-probabilities, as many as were asked for.
-    text: what is sure of it; "" without a tokenizer. finish_reason: None while it goes on.
-    """
-
-    request: int
-    tokens: list[int]
-    log_probs: list[float]
-    top: list[list[tuple[int, float]]]
-    text: str
-    finish_reason: FinishReason | None
-
-
-class Completion(NamedTuple):
-    """A whole answer; fields as in `Update`. The tokens of a stop string are there, its text is not."""
-
-    tokens: list[int]
-    log_probs: list[float]
-    top: list[list[tuple[int, float]]]
-    text: str
-    finish_reason: FinishReason
-
-
-class _Answer:
-    """A request in its slot."""
-
-    def __init__(self, number: int, request: Request, decode: Callable[[Sequence[int]], str] | None):
-        self.number, self.request = number, request
-        self.tokens: list[int] = []
-        self._stream = None if decode is None else TextStream(decode, request.stop_strings)
-        self._detector = None if request.loop is None else LoopDetector(request.loop)
-
-    def take(self, chosen: device.Chosen) -> Update:
-        """The next tokens of this request, [steps], -1 behind the last."""
-        request, tokens = self.request, [int(token) for token in chosen.tokens if token >= 0]
-        reason = None
-        if self._detector is not None:
-            looped = next((index for index, token in enumerate(tokens, 1) if self._detector.push(token)), None)
-            if looped is not None:
-                tokens, reason = tokens[:looped], "loop"
-        self.tokens += tokens
-        if tokens and tokens[-1] in request.stop_ids:
-            reason = "stop"
-        elif len(self.tokens) == request.sampling.max_new_tokens:
-            reason = reason or "length"
-        text = ""
-        if self._stream is not None:
-            text = self._stream.push([token for token in tokens if token not in request.stop_ids])
-            reason = "stop" if self._stream.stopped else reason
-            text += self._stream.finish() if reason else ""
-        count = request.top_log_probs
-        top = [
-            [(int(index), float(value)) for index, value in zip(ids[:count], values[:count], strict=True)]
-            for ids, values in zip(chosen.top_ids[: len(tokens)], chosen.top_log_probs[: len(tokens)], strict=True)
-        ]
-        return Update(self.number, tokens, [float(value) for value in chosen.log_probs[: len(tokens)]], top, text, reason)
 
 
 class _Read(NamedTuple):
@@ -174,16 +93,38 @@ class Engine:
         self._program = device.Program(functions, config, dtype, min(settings.prefill_chunk, self.context))
         self._mesh, self._decode = mesh, decode
         prepare = functions.cast if settings.weights == "float" else functools.partial(quantize_weights, functions)
+        # Copied: what jit passes through would be the caller's own arrays, which a training step takes over.
+        self._prepare = jax.jit(lambda params, buffers: jax.tree.map(jnp.copy, (prepare(params), buffers)))
         with self._on_mesh():
-            self._model = jax.jit(prepare)(params), buffers
+            self._model = self._prepare(params, buffers)
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._read: dict[tuple[int, ...], _Read] = {}  # prompts that more requests wait with
         self._slots: device.Slots | None = None
-        self._answers: list[_Answer | None] = []  # by slot
+        self._answers: list[Answer | None] = []  # by slot
         self._ended: list[Update] = []  # of requests that were cancelled before they had a slot
         self._numbers = 0
         self.prefixes = Prefixes(config, settings.prefix_bytes)
         self.prompt_tokens_read = 0  # by the model; what was kept of earlier requests is not read again
+
+    def load(self, params: Tree, buffers: Tree) -> None:
+        """Answers by these from now on; they are copied, as the first ones were, and placed as those are.
+
+        Nothing is compiled anew. What had been read under the old ones is forgotten.
+
+        Raises:
+          ValueError: requests are being answered, or wait.
+        """
+        if self.active or self.waiting:
+            raise ValueError(
+                f"{self.active} requests are being answered and {self.waiting} wait; an answer is by one model: let them end, or "
+                "cancel them, before new weights are loaded"
+            )
+        with self._on_mesh():
+            loaded = self._prepare(params, buffers)
+        place = lambda new, old: new if new.sharding == old.sharding else jax.device_put(new, old.sharding)
+        self._model = jax.tree.map(place, loaded, self._model)
+        self._read = {}
+        self.prefixes = Prefixes(self.config, self.settings.prefix_bytes)
 
     @property
     def waiting(self) -> int:
@@ -211,10 +152,10 @@ class Engine:
         for answer in self._answers:
             if answer is not None and answer.number == number:
                 self._answers[self._answers.index(answer)] = None
-                self._ended.append(_cancelled(number))
+                self._ended.append(cancelled(number))
         for item in [item for item in self._waiting if item[0] == number]:
             self._waiting.remove(item)
-            self._ended.append(_cancelled(number))
+            self._ended.append(cancelled(number))
 
     def step(self) -> list[Update]:
         """Lets waiting requests in and advances all; returns what is new, nothing where nobody asked for anything."""
@@ -239,7 +180,7 @@ class Engine:
                     parts[update.request].append(update)
                 if update.finish_reason is not None:
                     missing.discard(update.request)
-        return [_joined(updates) for updates in parts.values()]
+        return [joined(updates) for updates in parts.values()]
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
@@ -260,6 +201,11 @@ class Engine:
             raise ValueError("stop strings need an engine with a tokenizer (decode)")
         if not all(request.stop_strings):
             raise ValueError("a stop string is empty; every text contains it")
+        if request.drawn and request.sampling.repetition_penalty != 1:
+            raise ValueError(
+                f"drawn tells a trainer what it must compute again, which knows no repetition_penalty, got "
+                f"{request.sampling.repetition_penalty}; set it to 1"
+            )
         if not 0 <= request.top_log_probs <= min(MOST_TOP_LOG_PROBS, self.config.vocab_size):
             raise ValueError(f"top_log_probs must be in 0..{MOST_TOP_LOG_PROBS}, got {request.top_log_probs}")
 
@@ -375,10 +321,11 @@ class Engine:
         self._slots, chosen = device.insert(
             self._program, *self._model, self._slots, rows, source, target, entry,
             needs=needs_of([request.sampling for request in requests]), top=_top(requests, self.config.vocab_size),
+            tell=_tell(requests),
         )  # fmt: skip
         chosen, updates = jax.tree.map(lambda array: np.asarray(array)[None], chosen), []
         for row, (slot, number, request) in enumerate(group):
-            self._answers[slot] = _Answer(number, request, self._decode)
+            self._answers[slot] = Answer(number, request, self._decode)
             updates.append(self._told(slot, jax.tree.map(lambda array, row=row: array[:, row], chosen)))
         return updates
 
@@ -394,6 +341,7 @@ class Engine:
             self._program, *self._model, self._slots, keep, np.bool_(bool(self._waiting)), steps=self.settings.steps,
             reach=min(_bucket(longest, _LEAST_CAPACITY), self._capacity),
             needs=needs_of([request.sampling for request in requests]), top=_top(requests, self.config.vocab_size),
+            tell=_tell(requests),
         )  # fmt: skip
         chosen = jax.tree.map(np.asarray, chosen)
         return [
@@ -434,11 +382,6 @@ def _top(requests: Sequence[Request], vocab_size: int) -> int:
     return min(MOST_TOP_LOG_PROBS, vocab_size) if any(request.top_log_probs for request in requests) else 0
 
 
-def _cancelled(number: int) -> Update:
-    return Update(number, [], [], [], "", "cancelled")
-
-
-def _joined(updates: list[Update]) -> Completion:
-    every = lambda field: [item for update in updates for item in getattr(update, field)]
-    text = "".join(update.text for update in updates)
-    return Completion(every("tokens"), every("log_probs"), every("top"), text, updates[-1].finish_reason)
+def _tell(requests: Sequence[Request]) -> device.Tell:
+    drawn = [request.sampling for request in requests if request.drawn]
+    return device.Tell(drawn=bool(drawn), kept=any(sampling.truncates for sampling in drawn))

@@ -49,6 +49,11 @@ class SamplingConfig:
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must be in 0..{(1 << 32) - 1}, got {self.seed}")
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
 
 class Settings(NamedTuple):
     """`SamplingConfig` of each row, [rows]."""
@@ -170,8 +175,8 @@ def _draw(logits: jax.Array, uniform: jax.Array) -> jax.Array:
 
 def choose(
     logits: jax.Array, settings: Settings, drawn_before: jax.Array, seen: jax.Array | None, needs: Needs, known: int
-) -> jax.Array:
-    """The next token of each row, [rows] int32.
+) -> tuple[jax.Array, jax.Array]:
+    """The next token of each row, [rows] int32, and the logits that it was chosen by, [rows, vocab] (see `processed`).
 
     Args:
       logits: [rows, vocab] float32. drawn_before: [rows] int32, tokens that the row's request has got. seen: see `processed`.
@@ -182,7 +187,14 @@ def choose(
     logits = processed(logits, settings, seen, needs)
     greedy = jnp.argmax(logits, axis=1).astype(jnp.int32)
     if not needs.draws:
-        return greedy
+        return greedy, logits
     keys = jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))(settings.seed, drawn_before)
     drawn = _draw(logits, jax.vmap(jax.random.uniform)(keys))
-    return jnp.where(settings.temperature > 0, drawn, greedy)
+    return jnp.where(settings.temperature > 0, drawn, greedy), logits
+
+
+def packed(chosen: jax.Array) -> jax.Array:
+    """[rows, vocab] bool as bit sets, [rows, ceil(vocab / 32)] uint32: bit i of word w, from the lowest, is id 32 w + i."""
+    rows, vocab = chosen.shape
+    bits = jnp.pad(chosen, ((0, 0), (0, -vocab % 32))).reshape(rows, -1, 32).astype(jnp.uint32)
+    return jnp.sum(bits << jnp.arange(32, dtype=jnp.uint32)[None, None], axis=2, dtype=jnp.uint32)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lfm_jax.arrays import SegmentIds, Tokens
-from lfm_jax.generation.sampling import Needs, Settings, choose
+from lfm_jax.generation.sampling import Needs, Settings, choose, packed
 from lfm_jax.models import Decoder, DecoderCache, FunctionalModel, ModelConfig, init_cache
 from lfm_jax.models.cache import AttentionState
 from lfm_jax.models.functional import Tree
@@ -39,12 +39,23 @@ class Chosen(NamedTuple):
 
     log_probs: of the model, that is before penalty, temperature and truncation, over all rows of the vocabulary.
     top_ids, top_log_probs: of the most likely tokens, [..., top].
+    drawn_log_probs: after all that, over the ids of the tokenizer; kept: which ids these are of, [..., words] uint32 (see
+      `packed`). None where `Tell` does not ask.
     """
 
     tokens: jax.Array
     log_probs: jax.Array
     top_ids: jax.Array
     top_log_probs: jax.Array
+    drawn_log_probs: jax.Array | None = None
+    kept: jax.Array | None = None
+
+
+class Tell(NamedTuple):
+    """What a program tells beside tokens and log_probs, because a row of it is asked for: fields of `Chosen`."""
+
+    drawn: bool = False
+    kept: bool = False
 
 
 class Slots(NamedTuple):
@@ -135,13 +146,17 @@ def prefill(program: Program, params: Tree, buffers: Tree, rows: Rows, tokens: T
     return Rows(output.cache, jnp.where(jnp.any(segment_ids != 0, axis=1)[:, None], hidden, rows.hidden))
 
 
-def _choose(program: Program, model: Decoder, hidden: jax.Array, slots: Slots, needs: Needs, top: int) -> tuple[Slots, Chosen]:
+def _choose(
+    program: Program, model: Decoder, hidden: jax.Array, slots: Slots, needs: Needs, top: int, tell: Tell
+) -> tuple[Slots, Chosen]:
     """The next token of every slot that is not free."""
     logits = model.logits(hidden[:, None])[:, 0]
-    tokens = choose(logits, slots.settings, slots.drawn, slots.seen, needs, program.known)
+    tokens, chosen_by = choose(logits, slots.settings, slots.drawn, slots.seen, needs, program.known)
     log_probs = jax.nn.log_softmax(logits, axis=1)
     active = slots.left > 0
-    of_tokens = jnp.take_along_axis(log_probs, tokens[:, None], axis=1)[:, 0]
+    of_tokens = lambda log_probs: jnp.take_along_axis(log_probs, tokens[:, None], axis=1)[:, 0]
+    drawn_log_probs = of_tokens(jax.nn.log_softmax(chosen_by, axis=1)) if tell.drawn else None
+    kept = packed(chosen_by > -jnp.inf) if tell.kept else None
     top_log_probs, top_ids = jax.lax.top_k(log_probs, top) if top else (logits[:, :0], tokens[:, None][:, :0])
     stopped = jnp.any(slots.stop_ids == tokens[:, None], axis=1)
     seen = slots.seen
@@ -153,19 +168,20 @@ def _choose(program: Program, model: Decoder, hidden: jax.Array, slots: Slots, n
         left=jnp.where(active & ~stopped, slots.left - 1, 0),
         seen=seen,
     )
-    return slots, Chosen(jnp.where(active, tokens, -1), of_tokens, top_ids, top_log_probs)
+    tokens_or_none = jnp.where(active, tokens, -1)
+    return slots, Chosen(tokens_or_none, of_tokens(log_probs), top_ids, top_log_probs, drawn_log_probs, kept)
 
 
-@functools.partial(jax.jit, static_argnames=("program", "needs", "top"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("program", "needs", "top", "tell"), donate_argnames="slots")
 def insert(
     program: Program, params: Tree, buffers: Tree, slots: Slots, rows: Rows, source: jax.Array, target: jax.Array, entry: Entry,
-    *, needs: Needs, top: int,
+    *, needs: Needs, top: int, tell: Tell = Tell(),
 ) -> tuple[Slots, Chosen]:  # fmt: skip
     """Gives the slots target[i] what row source[i] has read, and chooses the first token of each.
 
     Args:
       source, target: [entries] int32; an entry whose target is past the end is padding.
-      needs: of these requests. top: how many of the most likely tokens are told.
+      needs: of these requests. top: how many of the most likely tokens are told. tell: what else is.
     Returns:
       The slots, and the token of each entry.
     """
@@ -174,7 +190,7 @@ def insert(
         cache=jax.tree.map(lambda array: array[source], rows.cache), last=jnp.zeros_like(entry.left),
         drawn=jnp.zeros_like(entry.left), left=entry.left, settings=entry.settings, stop_ids=entry.stop_ids, seen=entry.seen,
     )  # fmt: skip
-    entering, chosen = _choose(program, model, rows.hidden[source], entering, needs, top)
+    entering, chosen = _choose(program, model, rows.hidden[source], entering, needs, top, tell)
     return _put(slots, entering, jnp.arange(source.shape[0]), target), chosen
 
 
@@ -184,17 +200,17 @@ def _filled(cache: DecoderCache, reach: int) -> DecoderCache:
     return cache._replace(layers=tuple(cut(state) if isinstance(state, AttentionState) else state for state in cache.layers))
 
 
-@functools.partial(jax.jit, static_argnames=("program", "steps", "reach", "needs", "top"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("program", "steps", "reach", "needs", "top", "tell"), donate_argnames="slots")
 def decode(
     program: Program, params: Tree, buffers: Tree, slots: Slots, keep: jax.Array, until_free: jax.Array,
-    *, steps: int, reach: int, needs: Needs, top: int,
+    *, steps: int, reach: int, needs: Needs, top: int, tell: Tell = Tell(),
 ) -> tuple[Slots, Chosen]:  # fmt: skip
     """Advances all slots by up to `steps` tokens, until none is left or, with `until_free`, one has got its last.
 
     Args:
       keep: [slots] bool; the others become free first. until_free: bool, whether somebody waits for a slot.
       reach: tokens that a row has at the end, at most. The places behind are not read: those of a long answer to come, perhaps.
-      needs: of the requests in the slots. top: how many of the most likely tokens are told.
+      needs: of the requests in the slots. top: how many of the most likely tokens are told. tell: what else is.
     """
     whole = slots.cache
     slots = slots._replace(left=jnp.where(keep, slots.left, 0), cache=_filled(whole, reach))
@@ -202,6 +218,8 @@ def decode(
     out = Chosen(
         tokens=jnp.full((steps, count), -1, jnp.int32), log_probs=jnp.zeros((steps, count), jnp.float32),
         top_ids=jnp.zeros((steps, count, top), jnp.int32), top_log_probs=jnp.zeros((steps, count, top), jnp.float32),
+        drawn_log_probs=jnp.zeros((steps, count), jnp.float32) if tell.drawn else None,
+        kept=jnp.zeros((steps, count, -(-program.config.vocab_size // 32)), jnp.uint32) if tell.kept else None,
     )  # fmt: skip
 
     def unfinished(carry: tuple[jax.Array, Slots, Chosen]) -> jax.Array:
@@ -216,7 +234,7 @@ def decode(
         model = program.functions.bind(bound, buffers)
         active = (slots.left > 0).astype(jnp.int32)
         output = model(slots.last[:, None], active[:, None], cache=slots.cache)
-        slots, chosen = _choose(program, model, output.hidden[:, 0], slots._replace(cache=output.cache), needs, top)
+        slots, chosen = _choose(program, model, output.hidden[:, 0], slots._replace(cache=output.cache), needs, top, tell)
         return step + 1, slots, jax.tree.map(lambda all, one: all.at[step].set(one), out, chosen)
 
     _, slots, out = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), slots, out))

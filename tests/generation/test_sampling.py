@@ -17,7 +17,7 @@ VOCAB = 1_000
 def _choose(logits, configs, drawn_before, known=None):
     """By the settings of each row; drawn_before: of each row, or of all."""
     before = jnp.broadcast_to(jnp.asarray(drawn_before, jnp.int32), (len(configs),))
-    return np.asarray(choose(logits, settings_of(configs), before, None, needs_of(configs), known or logits.shape[1]))
+    return np.asarray(choose(logits, settings_of(configs), before, None, needs_of(configs), known or logits.shape[1])[0])
 
 
 @pytest.mark.parametrize(
