@@ -13,8 +13,17 @@ with what is trained in green:
         --config.data.sources=FILE.jsonl
 
 Conversations to begin with: configs/task_data.py writes those of tasks that a program can check. Gives `nll_per_token` of what is
-held out (5 %), before and after, and of each source. As it stands this is for small models on a CPU; on a pod slice give the mesh
-and the sizes of configs/pretrain.py, such as `--config.loader.seq_len=4096 --config.loader.batch_size=256`.
+held out (5 %), before and after, and of each source.
+
+    python run.py --config=configs/sft.py --workdir=workdirs/adapted --config.init_from=workdirs/quickstart \
+        --config.data.sources=FILE.jsonl --config.low_rank.rank=16 --config.optimizer.learning_rate=1e-2
+
+trains adapters beside a model that stands still (LoRA, Hu et al. 2021): there are no moments and gradients of the model. Adapters
+want ten times the learning rate (Schulman et al. 2025, "LoRA Without Regret"). Whoever loads such a workdir has the merged model,
+and so has the export.
+
+As it stands this is for small models on a CPU; on a pod slice give the mesh and the sizes of configs/pretrain.py, such as
+`--config.loader.seq_len=4096 --config.loader.batch_size=256`.
 """
 
 from ml_collections import ConfigDict

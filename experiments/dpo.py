@@ -36,6 +36,7 @@ from lfm_jax.configuration import mistakes_in, to_mapping
 from lfm_jax.models import ComputeConfig
 from lfm_jax.models.accounting import training_flops_per_token
 from lfm_jax.models.functional import Tree
+from lfm_jax.models.low_rank import LowRankConfig
 from lfm_jax.sharding import MeshConfig
 from lfm_jax.training import (
     OptimizerConfig,
@@ -63,6 +64,7 @@ class Config:
     preference: the loss. reference: "precomputed": the log-probabilities of all answers under the model that training begins
       with are computed once, before it; "none": there are none, for losses that are reference-free.
     block: tokens whose logits exist at one time, on each device.
+    low_rank: adapters that are trained instead of the model; None: the model is.
     evaluation_batches: of each source's held-out pairs, on the way; None: all. At the end it is always all.
     export: how the model is written at the end; None: it is not.
     """
@@ -73,6 +75,7 @@ class Config:
     preference: PreferenceConfig = PreferenceConfig()
     reference: Literal["precomputed", "none"] = "precomputed"
     block: int = 2048
+    low_rank: LowRankConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     compute: ComputeConfig = ComputeConfig()
@@ -117,11 +120,10 @@ def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:
         with mistakes_in("loader"):
             batches = preference_batches(pairs.train, config.loader, process_index=index, process_count=count)
         measure = _measure(config, pairs.held_out, before, mesh)
-    tokens = sum(rows.tokens for rows in pairs.train) / sum(len(rows.counts) for rows in pairs.train)
     figures = fine_tune(
         config, workdir, ledger, beginning, batches=batches, measure=measure,
         objective=preference_objective(config.preference, block=config.block),
-        flops=tokens * training_flops_per_token(before.config, config.loader.seq_len),  # the loop counts pairs
+        flops=training_flops_per_token(before.config, config.loader.seq_len),
     )  # fmt: skip
     return figures | _figures_of_training(config, workdir, pairs)
 
@@ -257,5 +259,5 @@ def _figures_of_training(config: Config, workdir: epath.Path, pairs: Pairs) -> d
         for name, rows, held_out, refused in zip(config.data.names, *pairs, strict=True)
     ]  # fmt: skip
     totals = {name: sum(source[name] for source in sources) for name in sources[0] if name != "source"}
-    rate = statistics.median(rates) if rates else None  # of what the loss is a mean over
-    return {"pairs_per_second": rate, "steps": config.train.steps, **totals, "sources": sources}
+    rate = statistics.median(rates) if rates else None
+    return {"tokens_per_second": rate, "steps": config.train.steps, **totals, "sources": sources}

@@ -1,15 +1,26 @@
 """What the stages that train a model on have in common: model and tokenizer, and the run from one measurement to the next."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
 from data_pipelines import DatasetIterator, Tokenizer, TokenizerConfig
 from experiments.export import export_and_check
 from experiments.prepared_data import prepare_tokenizer
-from experiments.stages import TOKENIZER, Stage, load_stage, mesh_for, write_model_config
+from experiments.stages import (
+    TOKENIZER,
+    Stage,
+    adapted,
+    load_stage,
+    merged,
+    mesh_for,
+    write_low_rank,
+    write_model_config,
+)
 from lfm_jax.configuration import ConfigError, mistakes_in, to_mapping
 from lfm_jax.models.functional import Tree
 from lfm_jax.training import Objective, check_mesh, make_optimizer, train
@@ -30,17 +41,27 @@ def begin(config: Any, workdir: epath.Path) -> Beginning:
     """Loads `config.init_from`; the workdir has its architecture and its tokenizer then.
 
     Args:
-      config: with init_from, compute, mesh, loader and train.
+      config: with init_from, low_rank, compute, mesh, loader, optimizer and train.
     Raises:
-      ConfigError: the model cannot be read, or the mesh does not fit it, the devices or the batches.
+      ConfigError: the model cannot be read, or the mesh does not fit it, the devices or the batches; or low_rank does not fit
+        the model, the optimizer or what is in the workdir.
     """
+    if config.low_rank is not None and config.optimizer.matrices == "muon":
+        raise ConfigError(
+            "--config.low_rank: muon is for the update of a whole matrix, and knows none for two factors of one; take "
+            "optimizer.matrices='adamw'"
+        )
     for batch_size, _ in config.loader.shapes():
         mesh = mesh_for(config.mesh, batch_size, config.train.accumulation)
     stage = load_stage(config.init_from, config.compute, mesh)
     with mistakes_in("mesh"):
         check_mesh(stage.functions, mesh)
     tokenizer = prepare_tokenizer(workdir, None, TokenizerConfig(), str(stage.tokenizer_path))
+    write_low_rank(workdir, config.low_rank)
     write_model_config(workdir, stage.config)
+    if config.low_rank is not None:
+        with mistakes_in("low_rank"):
+            stage = adapted(stage, config.low_rank, mesh, config.train.seed)
     return Beginning(mesh, stage._replace(tokenizer_path=workdir / TOKENIZER), tokenizer)
 
 
@@ -59,9 +80,10 @@ def fine_tune(
 
     Args:
       config: with loader, optimizer, train, evaluation_batches and export.
-      flops: of training, for what counts as 1 in the objective's weight.
+      flops: of training, for what counts as a token in the objective.
     Returns:
-      What `measure` says at the end, and under NAME_before what it said at first; resumed_at_step; the figures of the export.
+      What `measure` says at the end, and under NAME_before what it said at first; resumed_at_step; trained_parameters, how many
+      there are; the figures of the export.
     Raises:
       ConfigError: there are fewer batches than steps.
     """
@@ -92,5 +114,6 @@ def fine_tune(
         figures = measure(stage.params, stage.buffers, None)
     figures |= {f"{name}_before": value for name, value in at_first.items()}
     if config.export is not None:
-        figures |= export_and_check(config.export, stage, workdir)
-    return figures | {"resumed_at_step": trained.started_at}
+        figures |= export_and_check(config.export, merged(stage, mesh), workdir)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(before.functions.abstract_params))
+    return figures | {"resumed_at_step": trained.started_at, "trained_parameters": count}

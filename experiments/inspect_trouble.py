@@ -18,7 +18,7 @@ from rich.text import Text
 from data_pipelines import Tokenizer, load_tokenizer
 from experiments.inspect_data import colored
 from experiments.results import write_results
-from experiments.stages import CHECKPOINTS, MODEL, TOKENIZER, model_functions
+from experiments.stages import CHECKPOINTS, MODEL, TOKENIZER, checkpoint_functions
 from lfm_jax.configuration import ConfigError, from_mapping
 from lfm_jax.models import ComputeConfig, ModelConfig
 from lfm_jax.sharding import MeshConfig, make_mesh
@@ -93,7 +93,7 @@ class _Losses:
             config = from_mapping(ModelConfig, json.loads((folder / MODEL).read_text()))
         except (ValueError, OSError) as error:
             raise ConfigError(f"run: {folder / MODEL} cannot be read: {error}") from error
-        self._functions, self._checkpoints = model_functions(config, compute), Checkpoints(folder / CHECKPOINTS)
+        self._functions, self._checkpoints = checkpoint_functions(folder, config, compute), Checkpoints(folder / CHECKPOINTS)
         self._nll, self.step = jax.jit(self._compute), None
 
     def before(self, step: int) -> Callable[[dict[str, np.ndarray]], np.ndarray] | None:

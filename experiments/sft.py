@@ -20,6 +20,7 @@ from lfm_jax.configuration import mistakes_in
 from lfm_jax.models import ComputeConfig
 from lfm_jax.models.accounting import training_flops_per_token
 from lfm_jax.models.functional import Tree
+from lfm_jax.models.low_rank import LowRankConfig
 from lfm_jax.sharding import MeshConfig
 from lfm_jax.training import (
     LossConfig,
@@ -41,6 +42,7 @@ class Config:
 
     init_from: a workdir or a Hugging Face folder, whose model is trained on. data: the conversations.
     loader: how rows and batches are made of them; its weights are those of the sources.
+    low_rank: adapters that are trained instead of the model; None: the model is.
     evaluation_batches: of each source's held-out conversations, on the way; None: all. At the end it is always all.
     export: how the model is written at the end; None: it is not.
     """
@@ -48,6 +50,7 @@ class Config:
     init_from: str
     data: ConversationSources
     loader: LoaderConfig
+    low_rank: LowRankConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig

@@ -16,11 +16,14 @@ from lfm_jax.configuration import ConfigError, from_mapping, mistakes_in, to_map
 from lfm_jax.interop import import_folder, is_model_folder, read_config
 from lfm_jax.models import ComputeConfig, Decoder, FunctionalModel, ModelConfig, functional
 from lfm_jax.models.functional import Tree
+from lfm_jax.models.low_rank import LowRankConfig, LowRankModel, adapt
 from lfm_jax.sharding import MeshConfig, make_mesh, parameter_sharding
 from lfm_jax.training import CheckpointError, Checkpoints, abstract_state, check_rows
+from lfm_jax.training.state import Purpose, parameter_shardings, random_key
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model.json"
+LOW_RANK = "low_rank.json"  # is there where the checkpoints have a model and adapters beside it
 TOKENIZER = "tokenizer"
 
 
@@ -76,8 +79,56 @@ def write_model_config(workdir: epath.Path, config: ModelConfig) -> None:
     write_json(workdir / MODEL, to_mapping(config))
 
 
+def checkpoint_functions(workdir: epath.Path, config: ModelConfig, compute: ComputeConfig) -> FunctionalModel:
+    """What the checkpoints of a workdir are of: its model, with adapters beside it where it has them."""
+    functions, low_rank = model_functions(config, compute), _read_low_rank(workdir)
+    return functions if low_rank is None else adapt(functions, low_rank)
+
+
+def write_low_rank(workdir: epath.Path, config: LowRankConfig | None) -> None:
+    """Says in the workdir whether its checkpoints have a model or adapters beside it, and how these are added.
+
+    Raises:
+      ConfigError: the checkpoints that are there already are not like that.
+    """
+    there = _read_low_rank(workdir)
+    if there != config and Checkpoints(workdir / CHECKPOINTS).steps():
+        raise ConfigError(
+            f"--config.low_rank: the checkpoints in {workdir} were made with {there}, not with {config}; take the settings they "
+            "were made with, or another workdir"
+        )
+    if config is None:
+        (workdir / LOW_RANK).unlink(missing_ok=True)
+    else:
+        write_json(workdir / LOW_RANK, to_mapping(config))
+
+
+def adapted(stage: Stage, config: LowRankConfig, mesh: Mesh, seed: int) -> Stage:
+    """The stage with new adapters as its parameters, which change nothing yet, and with its model among the buffers.
+
+    Raises:
+      ValueError: the model has nothing to adapt (see `adapt`).
+    """
+    functions = adapt(stage.functions, config)
+    draw = jax.jit(functions.adapters, out_shardings=parameter_shardings(functions, mesh))
+    buffers = {"frozen": stage.params, "buffers": stage.buffers}
+    return stage._replace(functions=functions, params=draw(random_key(seed, Purpose.INIT)), buffers=buffers)
+
+
+def merged(stage: Stage, mesh: Mesh) -> Stage:
+    """The stage with its adapters in its model's matrices, in float32; one without adapters as it is."""
+    functions = stage.functions
+    if not isinstance(functions, LowRankModel):
+        return stage
+    merge = jax.jit(functions.merged, out_shardings=parameter_shardings(functions.base, mesh))
+    params = merge(stage.params, stage.buffers["frozen"])
+    return stage._replace(functions=functions.base, params=params, buffers=stage.buffers["buffers"])
+
+
 def load_stage(path: str, compute: ComputeConfig, mesh: Mesh) -> Stage:
     """The model in a workdir (of its newest checkpoint that verifies) or in a Hugging Face folder, sharded over the mesh.
+
+    Adapters are merged into it.
 
     Raises:
       ConfigError: `path` is no such folder, or what is in it is damaged or incomplete.
@@ -114,7 +165,9 @@ def _load_workdir(folder: epath.Path, compute: ComputeConfig, mesh: Mesh) -> Sta
         config = from_mapping(ModelConfig, json.loads((folder / MODEL).read_text()))
     except ValueError as error:
         raise ConfigError(f"{folder / MODEL}: {error}") from error
-    functions = model_functions(config, compute)
+    functions = checkpoint_functions(folder, config, compute)
+    if isinstance(functions, LowRankModel):
+        print(f"{folder} has adapters of rank {functions.low_rank.rank} beside its model: they are merged into it")
     without_moments = abstract_state(functions, optax.identity(), mesh)
     try:
         restored = Checkpoints(folder / CHECKPOINTS).restore(without_moments, partial=True)
@@ -123,4 +176,13 @@ def _load_workdir(folder: epath.Path, compute: ComputeConfig, mesh: Mesh) -> Sta
     if restored is None:
         raise ConfigError(f"{folder}: the run has no checkpoint yet; the command that started it resumes it.")
     state, tokenizer = restored.state, load_tokenizer(folder / TOKENIZER)
-    return Stage(config, functions, state.params, state.buffers, tokenizer, folder / TOKENIZER, restored.step)
+    stage = Stage(config, functions, state.params, state.buffers, tokenizer, folder / TOKENIZER, restored.step)
+    return merged(stage, mesh)
+
+
+def _read_low_rank(folder: epath.Path) -> LowRankConfig | None:
+    path = folder / LOW_RANK
+    try:
+        return from_mapping(LowRankConfig, json.loads(path.read_text())) if path.exists() else None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -93,8 +92,8 @@ class Engine:
         self._program = device.Program(functions, config, dtype, min(settings.prefill_chunk, self.context))
         self._mesh, self._decode = mesh, decode
         prepare = functions.cast if settings.weights == "float" else functools.partial(quantize_weights, functions)
-        # Copied: what jit passes through would be the caller's own arrays, which a training step takes over.
-        self._prepare = jax.jit(lambda params, buffers: jax.tree.map(jnp.copy, (prepare(params), buffers)))
+        # What jit returns is a copy, even of what it passes through: a training step takes over the caller's own arrays.
+        self._prepare = jax.jit(lambda params, buffers: (prepare(params), buffers))
         with self._on_mesh():
             self._model = self._prepare(params, buffers)
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()

@@ -58,6 +58,9 @@ class Tell(NamedTuple):
     kept: bool = False
 
 
+NOTHING_ELSE = Tell()
+
+
 class Slots(NamedTuple):
     """Where requests are answered. All arrays begin with [slots].
 
@@ -175,7 +178,7 @@ def _choose(
 @functools.partial(jax.jit, static_argnames=("program", "needs", "top", "tell"), donate_argnames="slots")
 def insert(
     program: Program, params: Tree, buffers: Tree, slots: Slots, rows: Rows, source: jax.Array, target: jax.Array, entry: Entry,
-    *, needs: Needs, top: int, tell: Tell = Tell(),
+    *, needs: Needs, top: int, tell: Tell = NOTHING_ELSE,
 ) -> tuple[Slots, Chosen]:  # fmt: skip
     """Gives the slots target[i] what row source[i] has read, and chooses the first token of each.
 
@@ -203,7 +206,7 @@ def _filled(cache: DecoderCache, reach: int) -> DecoderCache:
 @functools.partial(jax.jit, static_argnames=("program", "steps", "reach", "needs", "top", "tell"), donate_argnames="slots")
 def decode(
     program: Program, params: Tree, buffers: Tree, slots: Slots, keep: jax.Array, until_free: jax.Array,
-    *, steps: int, reach: int, needs: Needs, top: int, tell: Tell = Tell(),
+    *, steps: int, reach: int, needs: Needs, top: int, tell: Tell = NOTHING_ELSE,
 ) -> tuple[Slots, Chosen]:  # fmt: skip
     """Advances all slots by up to `steps` tokens, until none is left or, with `until_free`, one has got its last.
 

@@ -206,17 +206,19 @@ def _measure(opened: Callable[[str], Conversation], path: str, prompt_tokens: in
 
     before = _memory("VmRSS")
     conversation = opened(path)
-    seconds = []
-    for _ in range(2):  # the first time memory is found and weights are laid out
+
+    def timed(tokens: int) -> float:
+        started = time.perf_counter()
+        conversation.feed([1] * tokens)
+        return time.perf_counter() - started
+
+    first = []
+    for _ in range(6):
         conversation.begin()
-        started = time.perf_counter()
-        conversation.feed([1] * prompt_tokens)
-        first = time.perf_counter() - started
-    for _ in range(new_tokens):
-        started = time.perf_counter()
-        conversation.feed([1])
-        seconds.append(time.perf_counter() - started)
-    return Speed(first, 1 / statistics.median(seconds), _memory("VmHWM") - before)
+        first.append(timed(prompt_tokens))
+    next_ = statistics.median(timed(1) for _ in range(new_tokens))
+    # The first time memory is found and weights are laid out.
+    return Speed(statistics.median(first[1:]), 1 / next_, _memory("VmHWM") - before)
 
 
 def _memory(field: str) -> int:

@@ -2,7 +2,7 @@
 
 from lfm_jax.training.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from lfm_jax.training.evaluation import Totals, evaluate_loss
-from lfm_jax.training.loop import BatchIterator, TrainConfig, Trained, train
+from lfm_jax.training.loop import BatchIterator, ObservingBatchIterator, TrainConfig, Trained, train
 from lfm_jax.training.metrics import MetricsWriter, read_metrics
 from lfm_jax.training.objective import Batch, LossConfig, Objective, Sums, next_token_objective
 from lfm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -16,6 +16,7 @@ from lfm_jax.training.policy_gradient import (
     policy_gradient_member,
     policy_gradient_sums,
 )
+from lfm_jax.training.policy_objective import make_policy_log_probs_step, policy_objective
 from lfm_jax.training.preference import (
     Answers,
     FinalTokenConfig,
@@ -35,11 +36,11 @@ from lfm_jax.training.trouble import TrainingDiverged, TroubleConfig
 
 __all__ = [
     "Advantages", "Answers", "Batch", "BatchIterator", "CheckpointError", "CheckpointWarning", "Checkpoints", "FinalTokenConfig",
-    "Interrupted", "LossConfig", "MetricsWriter", "Objective", "OptimizerConfig", "PairLosses", "PolicyGradientConfig",
-    "PolicySums", "PreferenceConfig", "Rollouts", "ScheduleConfig", "SilentCorruption", "Sums", "Totals", "TrainConfig",
-    "TrainState", "Trained", "TrainingDiverged", "TroubleConfig", "abstract_state", "check_mesh", "check_rows", "evaluate_loss",
-    "final_token_losses", "group_advantages", "host_part", "init_state", "make_eval_step", "make_log_probs_step",
-    "make_optimizer", "make_schedule", "make_train_step", "next_token_objective", "overlong_penalty", "place_batch",
-    "policy_gradient_member", "policy_gradient_sums", "preference_losses", "preference_member", "preference_objective",
-    "read_metrics", "train",
+    "Interrupted", "LossConfig", "MetricsWriter", "Objective", "ObservingBatchIterator", "OptimizerConfig", "PairLosses",
+    "PolicyGradientConfig", "PolicySums", "PreferenceConfig", "Rollouts", "ScheduleConfig", "SilentCorruption", "Sums", "Totals",
+    "TrainConfig", "TrainState", "Trained", "TrainingDiverged", "TroubleConfig", "abstract_state", "check_mesh", "check_rows",
+    "evaluate_loss", "final_token_losses", "group_advantages", "host_part", "init_state", "make_eval_step", "make_log_probs_step",
+    "make_optimizer", "make_policy_log_probs_step", "make_schedule", "make_train_step", "next_token_objective",
+    "overlong_penalty", "place_batch", "policy_gradient_member", "policy_gradient_sums", "policy_objective", "preference_losses",
+    "preference_member", "preference_objective", "read_metrics", "train",
 ]

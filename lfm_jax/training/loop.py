@@ -43,6 +43,20 @@ class BatchIterator(Protocol):
     def set_state(self, state: dict[str, Any]) -> None: ...
 
 
+class ObservingBatchIterator(BatchIterator, Protocol):
+    """One whose batches are made by the model that is trained, as in reinforcement learning."""
+
+    def observe(self, params: Tree, buffers: Tree, step: int) -> None:
+        """`train` calls it before each `next`, with the parameters after `step` updates: 0 before the first step of a run, after
+        a resume or a roll back those of the checkpoint. Every process calls it for the same step.
+
+        The next step takes the arrays over: use or copy them before `next` returns.
+        """
+
+    def figures(self) -> dict[str, float]:
+        """Of what the last batch was made from, written beside the figures of its step; it may be left out."""
+
+
 Evaluate = Callable[[Tree, Tree], dict[str, float]]
 
 
@@ -110,7 +124,7 @@ def train(
     functions: FunctionalModel,
     optimizer: optax.GradientTransformation,
     objective: Objective,
-    batches: BatchIterator,
+    batches: BatchIterator | ObservingBatchIterator,
     mesh: Mesh,
     workdir: epath.PathLike,
     run_config: dict[str, Any],
@@ -176,7 +190,7 @@ class _Parts(NamedTuple):
     functions: FunctionalModel
     optimizer: optax.GradientTransformation
     objective: Objective
-    batches: BatchIterator
+    batches: BatchIterator | ObservingBatchIterator
     mesh: Mesh
     initial: tuple[Tree, Tree] | None
 
@@ -243,7 +257,8 @@ class _Run:
             self.state, metrics = self._step_functions[which](self.state, place_batch(batch, mesh), *bounds)
             self.step = step
             self._compiled.add(which)
-            found = self.record.dispatched(step, metrics)
+            made_from = getattr(self._parts.batches, "figures", dict)()
+            found = self.record.dispatched(step, {**metrics, **made_from})
         profiler.after(step, metrics)
         return self._is_sound(found)
 
@@ -292,6 +307,8 @@ class _Run:
                 self.record.write(*found)
 
     def _next_batch(self, step: int) -> dict[str, np.ndarray]:
+        if hasattr(self._parts.batches, "observe"):
+            self._parts.batches.observe(self.state.params, self.state.buffers, self.step)
         try:
             return next(self._parts.batches)
         except StopIteration:

@@ -30,18 +30,54 @@ class Batch(TypedDict):
 
 
 class Sums(NamedTuple):
-    """What an objective returns for a (micro-)batch: sums, so that they add up over micro-batches, batches and hosts.
+    """What an objective returns for a (micro-)batch: sums, so that they add up over micro-batches, batches and hosts, and
+    extremes, of which the lowest or the highest counts.
 
     loss: float32 scalar, the sum of loss * weight. A step differentiates it and divides by the weight of the whole step.
     weight: float32 scalar, the sum of the weights.
-    metrics: float32 scalars, each logged divided by `weight`.
+    metrics: float32 scalars, each logged divided by `weight`, or by `of` where it is given.
     router_counts: tokens that chose each expert, [moe layers, experts] float32; None for a dense model.
+    of: float32 scalar, what the metrics are means over where the weight counts something else.
+    counts: float32 scalars, logged as they are; `tokens` makes the rate of a run. None: the weight is the tokens.
+    lowest, highest: float32 scalars, logged as NAME_min and NAME_max; infinite and -infinite where there is nothing.
     """
 
     loss: jax.Array
     weight: jax.Array
     metrics: dict[str, jax.Array]
     router_counts: jax.Array | None
+    of: jax.Array | None = None
+    counts: dict[str, jax.Array] | None = None
+    lowest: dict[str, jax.Array] | None = None
+    highest: dict[str, jax.Array] | None = None
+
+    def joined(
+        self,
+        total: Callable[..., jax.Array],
+        least: Callable[..., jax.Array],
+        most: Callable[..., jax.Array],
+        *others: "Sums",
+    ) -> "Sums":
+        """`total` of all sums, `least` of what is lowest, `most` of what is highest, leaf by leaf."""
+        extremes = {
+            "lowest": jax.tree.map(least, self.lowest, *(other.lowest for other in others)),
+            "highest": jax.tree.map(most, self.highest, *(other.highest for other in others)),
+        }
+        return jax.tree.map(total, self, *others)._replace(**extremes)
+
+    def figures(self) -> dict[str, jax.Array]:
+        """What is logged: `loss`, the metrics, the counts and the extremes, float32 scalars. 0 where nothing has weight."""
+        share, of = _share(self.weight), self.weight if self.of is None else self.of
+        means = {name: value * _share(of) for name, value in self.metrics.items()}
+        counts = {"tokens": self.weight} if self.counts is None else self.counts
+        ends = {f"{name}_min": value for name, value in (self.lowest or {}).items()}
+        ends |= {f"{name}_max": value for name, value in (self.highest or {}).items()}
+        return {"loss": self.loss * share, **means, **counts, **ends}
+
+
+def _share(total: jax.Array) -> jax.Array:
+    """1 / total, 0 where that is 0."""
+    return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
 
 
 Objective = Callable[[Decoder, Batch, jax.Array], Sums]  # (the model bound inside jit, batch, random key)

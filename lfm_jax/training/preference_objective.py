@@ -19,7 +19,8 @@ REFERENCE = "reference_log_probs"
 
 
 def preference_objective(config: PreferenceConfig, *, block: int) -> Objective:
-    """The loss of pairs, see `preference_losses`, whose sums it returns: its weight is the number of pairs.
+    """The loss of pairs, see `preference_losses`, whose sums it returns: its weight is the number of pairs, and its
+    tokens are those of both rows.
 
     The batch has in each row a pair: under the usual names the prompt with the chosen answer, [pairs, seq] each, and under these
     names with "rejected_" before them that with the rejected one; loss_mask is 1 for the answer alone. With them come
@@ -36,7 +37,9 @@ def preference_objective(config: PreferenceConfig, *, block: int) -> Objective:
             Answers(found, batch[f"{prefix}loss_mask"], batch.get(f"{prefix}{REFERENCE}"))
             for prefix, found in zip(("", REJECTED), log_probs, strict=True)
         )
-        return preference_losses(config, chosen, rejected).sums(router_counts)
+        sums = preference_losses(config, chosen, rejected).sums(router_counts)
+        tokens = sum(jnp.sum(batch[f"{prefix}segment_ids"] > 0, dtype=jnp.float32) for prefix in ("", REJECTED))
+        return sums._replace(counts={"pairs": sums.weight, "tokens": tokens})
 
     return objective
 

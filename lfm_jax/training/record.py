@@ -75,7 +75,7 @@ class Record:
         now = time.monotonic()
         if self._since is None:
             self._since = now
-        elif math.isfinite(values["tokens"]):
+        elif math.isfinite(values.get("tokens", math.nan)):
             self._tokens += values["tokens"]
         return step, values
 

@@ -44,7 +44,7 @@ def abstract_state(functions: FunctionalModel, optimizer: optax.GradientTransfor
     """Shapes, types and shardings of the whole state as `jax.ShapeDtypeStruct`; nothing is allocated.
 
     The optimizer's arrays of a parameter (its moments) are split like the parameter (see `state_sharding`), its scalars are on
-    each device.
+    each device. Buffers are split like what is computed with: each replica has all of them.
     """
     masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # where a part of the optimizer leaves a parameter to another
 
@@ -53,6 +53,9 @@ def abstract_state(functions: FunctionalModel, optimizer: optax.GradientTransfor
 
     def like(leaf, parameter):
         return leaf if masked(leaf) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter.sharding)
+
+    def place_buffer(leaf, axes):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(mesh, axes, leaf.shape))
 
     whole = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
     params = jax.tree.map(place, functions.abstract_params, functions.param_axes)
@@ -67,7 +70,7 @@ def abstract_state(functions: FunctionalModel, optimizer: optax.GradientTransfor
     return TrainState(
         step=whole(jax.ShapeDtypeStruct((), jnp.int32)),
         params=params,
-        buffers=jax.tree.map(whole, functions.abstract_buffers),
+        buffers=jax.tree.map(place_buffer, functions.abstract_buffers, functions.buffer_axes),
         opt_state=opt_state,
     )
 

@@ -36,9 +36,9 @@ def make_train_step(
     """The jitted step (state, batch) -> (state, metrics). It takes the state over: the arrays passed in are gone afterwards.
 
     The gradient is that of the sum of losses over the sum of weights of the whole batch, however the rows are dealt to
-    micro-batches, devices and hosts. The metrics are float32 scalars on the device: `loss` and the objective's own, each over the
-    weight; `tokens`, the weight; `gradient_norm` before clipping, and `gradient_norm_GROUP` and `update_norm_GROUP` of each group
-    of parameters; `learning_rate`, where the optimizer's state has one; and for a mixture of experts those of `router_metrics`. A
+    micro-batches, devices and hosts. The metrics are float32 scalars on the device: those of `Sums.figures`, which has `loss` and
+    the objective's own; `gradient_norm` before clipping, and `gradient_norm_GROUP` and `update_norm_GROUP` of each group of
+    parameters; `learning_rate`, where the optimizer's state has one; and for a mixture of experts those of `router_metrics`. A
     batch without any weight leaves the parameters as they are, with a loss of 0.
 
     Args:
@@ -206,7 +206,8 @@ def _on_replicas(accumulated: Callable, shardings: Tree) -> Callable:
     def on_replica(params: Tree, buffers: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Sums]:
         key = jax.random.fold_in(key, jax.lax.axis_index("data"))
         gradient, sums = accumulated(jax.tree.map(gather, params, specs), buffers, batch, key)
-        return jax.tree.map(part_of_sum, gradient, specs), jax.lax.psum(sums, "data")
+        over_data = [functools.partial(reduce, axis_name="data") for reduce in (jax.lax.psum, jax.lax.pmin, jax.lax.pmax)]
+        return jax.tree.map(part_of_sum, gradient, specs), sums.joined(*over_data)
 
     same, rows = PartitionSpec(), PartitionSpec("data")
     return jax.shard_map(
@@ -231,13 +232,15 @@ def _accumulated(
     def add(total, numbered):
         number, micro = numbered
         found = micro_gradient(params, buffers, micro, jax.random.fold_in(key, number))
-        return jax.tree.map(jnp.add, total, found), None
+        gradient = jax.tree.map(jnp.add, total[0], found[0])
+        return (gradient, total[1].joined(jnp.add, jnp.minimum, jnp.maximum, found[1])), None
 
     micro_batches = jnp.arange(accumulation), jax.tree.map(deal, batch)
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
-    shapes = jax.eval_shape(lambda: micro_gradient(params, buffers, first[1], key))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(add, zeros, micro_batches)[0]
+    gradient, sums = jax.eval_shape(lambda: micro_gradient(params, buffers, first[1], key))
+    full = lambda value: lambda leaf: jnp.full(leaf.shape, value, leaf.dtype)
+    start = jax.tree.map(full(0), gradient), sums.joined(full(0), full(jnp.inf), full(-jnp.inf))
+    return jax.lax.scan(add, start, micro_batches)[0]
 
 
 def _updated(
@@ -256,9 +259,7 @@ def _updated(
     updates = jax.tree.map(lambda update: jnp.where(weighed, update, 0), updates)
     params = jax.tree.map(jnp.add, state.params, updates)
     metrics = {
-        "loss": sums.loss * share,
-        **{name: value * share for name, value in sums.metrics.items()},
-        "tokens": sums.weight,
+        **sums.figures(),
         "gradient_norm": optax.tree.norm(gradient),
         **_norms_by_group("gradient_norm", gradient),
         **_norms_by_group("update_norm", updates),

@@ -1,6 +1,7 @@
 """From tasks to conversations to a fine-tuned model, as a user does it, and what is refused on the way."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,8 +12,10 @@ import run
 from data_pipelines import Document, TokenizerConfig, load_tokenizer, train_tokenizer
 from data_pipelines.conversations import CHAT_FORMATS, ConversationEncoder, ConversationsConfig, read_conversations
 from data_pipelines.tasks import task_named
+from experiments import fine_tuning
 from experiments.conversations import ConversationSources, find_template
 from experiments.stages import load_stage, mesh_for
+from lfm_jax.configuration import ConfigError
 from lfm_jax.interop import export_folder
 from lfm_jax.models import ComputeConfig, Decoder, ModelConfig, functional
 from lfm_jax.sharding import MeshConfig
@@ -42,20 +45,37 @@ def _sources(folder):
     return ",".join(str(folder / "tasks" / "conversations" / f"{name}.jsonl") for name in ("arithmetic", "word_problems"))
 
 
-def _tune(folder):
+def _tune(folder, name="run", flags=(), **changes):
     settings = {
         "init_from": f"{folder}/model", "data.sources": _sources(folder), "data.held_out_share": 0.2, "loader.seq_len": 256,
         "loader.batch_size": 8, "train.steps": 4, "train.evaluate_every": 4, "train.checkpoint_every": 4,
         "optimizer.schedule.warmup_steps": 1, "optimizer.learning_rate": 0.01,
-    }  # fmt: skip
-    command = ["--config=configs/sft.py", f"--workdir={folder}/run"]
-    assert run.main([*command, *(f"--config.{name}={value}" for name, value in settings.items())]) == 0
+    } | changes  # fmt: skip
+    command = ["--config=configs/sft.py", f"--workdir={folder}/{name}", *flags]
+    return run.main([*command, *(f"--config.{name}={value}" for name, value in settings.items())])
 
 
 @pytest.fixture(scope="module")
 def tuned(folder):
-    _tune(folder)
+    assert _tune(folder) == 0
     return json.loads((folder / "run" / "results.json").read_text())
+
+
+ADAPTERS = {"low_rank.rank": 4, "train.checkpoint_every": 2, "export.formats": "hf"}
+
+
+@pytest.fixture(scope="module")
+def adapted(folder):
+    """The figures. Of the export what it writes first alone: reading that in transformers belongs to other tests."""
+
+    def export(config, stage, workdir):
+        export_folder(stage.config, stage.params, stage.buffers, workdir / "exported", tokenizer=stage.tokenizer_path)
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fine_tuning, "export_and_check", export)
+        assert _tune(folder, "adapted", **ADAPTERS) == 0
+        return json.loads((folder / "adapted" / "results.json").read_text())
 
 
 def _nll(stage, encoder, path):
@@ -92,9 +112,58 @@ def test_figures_are_of_what_assistants_say_in_conversations_that_are_held_out(f
 
 
 def test_the_same_command_finds_it_done(folder, tuned, capsys):
-    _tune(folder)
+    assert _tune(folder) == 0
     again = json.loads((folder / "run" / "results.json").read_text())
     assert again["resumed_at_step"] == 4 and again["nll_per_token"] == tuned["nll_per_token"]
+
+
+def test_adapters_learn_and_whoever_loads_them_has_the_merged_model(folder, adapted, capsys):
+    loaded = load_stage(str(folder / "adapted"), ComputeConfig(), mesh_for(MeshConfig(fsdp=2, tensor=2, data=2)))
+    assert "adapted has adapters of rank 4 beside its model: they are merged into it" in capsys.readouterr().out
+    encoder = ConversationEncoder(load_tokenizer(folder / "tokenizer"), CHAT_FORMATS["lfm2"])
+    for name in ("arithmetic", "word_problems"):
+        nll = _nll(loaded, encoder, folder / "tasks" / "conversations" / f"{name}.jsonl")
+        assert adapted[f"nll_per_token_of_{name}"] == pytest.approx(nll, abs=1e-4)
+        assert nll < adapted[f"nll_per_token_of_{name}_before"] - 0.05
+    # Of the convolution in and out, of the attention q, k, v and out, of two feed-forwards gate, up and down: inputs + outputs.
+    assert adapted["trained_parameters"] == 4 * (128 + 64 + 64 + 48 + 48 + 64 + 2 * 3 * 96)
+    before, exported = (
+        load_stage(str(folder / path), ComputeConfig(), mesh_for(MeshConfig())).params for path in ("model", "adapted/exported")
+    )
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-7), loaded.params, exported)
+    np.testing.assert_array_equal(exported["embed"]["embedding"], before["embed"]["embedding"])
+    assert np.abs(exported["layers"][1]["mlp"]["down"] - before["layers"][1]["mlp"]["down"]).max() > 1e-3
+
+
+def test_adapters_that_are_interrupted_end_as_they_would_have(folder, adapted, monkeypatch):
+    monkeypatch.setattr(fine_tuning, "export_and_check", lambda config, stage, workdir: {})
+    find = lambda: load_stage(str(folder / "adapted"), ComputeConfig(), mesh_for(MeshConfig())).params
+    expected = find()
+    shutil.rmtree(folder / "adapted" / "checkpoints" / "00000004")
+    assert _tune(folder, "adapted", **ADAPTERS) == 0
+    again = json.loads((folder / "adapted" / "results.json").read_text())
+    assert again["resumed_at_step"] == 2 and again["nll_per_token"] == adapted["nll_per_token"]
+    assert again["nll_per_token_before"] == adapted["nll_per_token_before"]
+    jax.tree.map(np.testing.assert_array_equal, find(), expected)
+
+
+def test_checkpoints_are_not_read_with_other_settings_than_they_were_made_with(folder, tuned, adapted, tmp_path, capsys):
+    """Nor where a change of settings is allowed."""
+    cases = [
+        ("run", ADAPTERS, "were made with None, not with LowRankConfig(rank=4"),
+        ("adapted", {}, "were made with LowRankConfig(rank=4, alpha=32.0"),
+        ("adapted", ADAPTERS | {"low_rank.alpha": 8}, "were made with LowRankConfig(rank=4, alpha=32.0"),
+    ]
+    for name, changes, message in cases:
+        assert _tune(folder, name, ["--allow_config_change"], **changes) == 2
+        told = capsys.readouterr().err
+        assert "--config.low_rank: the checkpoints in " in told and message in told
+    settings = json.loads((folder / "adapted" / "low_rank.json").read_text())
+    assert settings["alpha"] == 32 and not (folder / "run" / "low_rank.json").exists()
+    shutil.copytree(folder / "adapted", tmp_path / "broken", ignore=shutil.ignore_patterns("checkpoints", "export"))
+    (tmp_path / "broken" / "low_rank.json").write_text('{"rank": 0}')
+    with pytest.raises(ConfigError, match="low_rank.json: .*rank must be at least 1, got 0"):
+        load_stage(str(tmp_path / "broken"), ComputeConfig(), mesh_for(MeshConfig()))
 
 
 def test_rows_are_shown_with_what_is_trained(folder, capsys):
@@ -133,6 +202,9 @@ def test_what_is_written_of_tasks_is_solved_and_of_its_split(folder, tmp_path):
         ({"loader.weights": "1"}, "loader.weights has 1 shares for 2 data.sources"),
         ({"loader.epochs": "1"}, "train.steps is 300, but loader.epochs=1 of the data make"),
         ({"data.bad_records_limit": "2"}, "bad_records_limit must be a share from 0 to 1, got 2"),
+        ({"low_rank.targets": "gate_proj"}, "--config.low_rank: targets: the model has no matrix 'gate_proj'; it has down, gate"),
+        ({"low_rank.rank": "0"}, "low_rank: rank must be at least 1, got 0"),
+        ({"low_rank.rank": "2", "optimizer.matrices": "muon"}, "--config.low_rank: muon is for the update of a whole matrix"),
     ],
 )
 def test_mistakes_are_told(folder, tmp_path, capsys, changes, message):

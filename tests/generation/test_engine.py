@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from lfm_jax.generation import Engine, EngineConfig, LoopConfig, Request, SamplingConfig
 from lfm_jax.generation import slots as device
+from lfm_jax.generation.engine import _tell
 from lfm_jax.models import ComputeConfig, Decoder, ModelConfig, MoEConfig, functional
 from lfm_jax.sharding import MeshConfig, make_mesh, parameter_sharding
 
@@ -174,6 +176,104 @@ def test_log_probs_are_the_models_whatever_the_sampling():
         np.testing.assert_allclose([value for _, value in top], np.sort(expected)[::-1][:4], atol=2e-5)
 
 
+def _drawn_from(log_probs, sampling):
+    """The log-probabilities that a token is drawn by, in float64 and by sorting."""
+    logits = log_probs.astype(np.float64) / (sampling.temperature or 1)
+    order, probs = np.argsort(-logits), scipy.special.softmax(logits)
+    kept = np.ones(len(logits), bool)
+    if sampling.truncates:
+        kept[order[sampling.top_k or len(order) :]] = False
+        probs = np.where(kept, probs, 0) / probs[kept].sum()
+        kept[order[1 + np.searchsorted(np.cumsum(probs[order]), sampling.top_p) :]] = False
+        kept &= probs >= sampling.min_p * probs.max()
+    return np.where(kept, logits, -np.inf) - scipy.special.logsumexp(logits[kept])
+
+
+def test_what_was_drawn_from_is_told_beside_the_models_own_log_probs():
+    """Among requests that do not ask; the tokens are those that come without being asked."""
+    known = dataclasses.replace(CONFIG, tokenizer_vocab_size=33)
+    kinds = [
+        {"temperature": 0.6}, {"top_k": 4}, {"temperature": 1.3, "top_p": 0.7}, {"top_k": 20, "min_p": 0.1}, {"temperature": 0},
+    ]  # fmt: skip
+    plain = SamplingConfig(max_new_tokens=6, temperature=1.0, top_p=1.0)
+    asked = [Request(prompt=prompts()[2], sampling=dataclasses.replace(plain, **kind)) for kind in kinds]
+    running = Engine(weights()[0], known, *weights()[2:])
+    both = [*asked, *(dataclasses.replace(request, drawn=True) for request in asked)]
+    answers = running.run(both)
+    for request, told, silent in zip(asked, answers[len(asked) :], answers, strict=False):
+        assert told.tokens == silent.tokens and silent.drawn_log_probs == [] and silent.kept is None
+        np.testing.assert_allclose(told.log_probs, silent.log_probs, atol=2e-5)
+        assert (told.kept is not None) == request.sampling.truncates
+        for index, (token, drawn) in enumerate(zip(told.tokens, told.drawn_log_probs, strict=True)):
+            padded = np.zeros((1, 128), np.int32)
+            padded[0, : len(request.prompt) + index] = (*request.prompt, *told.tokens[:index])
+            expected = _drawn_from(np.asarray(forward()(padded, len(request.prompt) + index))[:33], request.sampling)
+            assert drawn == pytest.approx(expected[token], abs=5e-5)
+            if told.kept is not None:
+                words = sum(int(word) << 32 * number for number, word in enumerate(told.kept[index]))
+                assert [id for id in range(64) if words >> id & 1] == list(np.flatnonzero(np.isfinite(expected)))
+
+
+def test_programs_of_requests_that_do_not_ask_are_the_same_as_ever():
+    """What is told beside the tokens is a static argument: nobody else pays."""
+    cut = SamplingConfig(top_k=3)
+    request = lambda sampling, drawn: Request(prompt=(1,), sampling=sampling, drawn=drawn)
+    assert _tell([request(cut, False), request(GREEDY, False)]) == device.NOTHING_ELSE
+    uncut = request(dataclasses.replace(GREEDY, top_k=3), True)
+    assert _tell([request(cut, False), uncut]) == device.Tell(drawn=True, kept=False)
+    assert _tell([request(cut, True), request(GREEDY, False)]) == device.Tell(drawn=True, kept=True)
+
+
+@functools.cache
+def other_params():
+    wave = lambda leaf: 0.1 * jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape)
+    return jax.tree.map(lambda leaf: leaf + wave(leaf), weights()[2])
+
+
+@pytest.mark.parametrize("settings", [EngineConfig(prefix_bytes=1 << 20), EngineConfig(weights="int8")])
+def test_new_weights_answer_as_a_new_engine_would_and_compile_nothing(settings):
+    functions, config, params, buffers = weights()
+    first, turn = (Request(prompt=(*prompts()[3], *more), sampling=GREEDY) for more in ((), (9, 9)))
+    running = Engine(functions, config, params, buffers, settings)
+    (before,) = running.run([first])
+    programs = [running._prepare, device.prefill, device.insert, device.decode, device.empty_slots, device.take_row]
+    compiled, read = [program._cache_size() for program in programs], running.prompt_tokens_read
+    running.load(other_params(), buffers)
+    (after,) = running.run([turn])
+    assert running.prompt_tokens_read - read == len(turn.prompt)  # what had been read is forgotten
+    running.load(params, buffers)
+    assert running.run([first]) == [before]
+    assert [program._cache_size() for program in programs] == compiled
+    assert [after] == Engine(functions, config, other_params(), buffers, settings).run([turn])
+    assert after.tokens != before.tokens
+
+
+def test_weights_are_the_engines_own_when_a_training_step_takes_the_callers():
+    """The biases of experts as well, which nothing casts."""
+    functions, config, params, buffers = weights(MOE)
+    running = Engine(functions, config, *weights(MOE)[2:])
+    taken = jax.tree.map(jnp.array, (params, buffers))
+    running.load(*taken)
+    for leaf in jax.tree.leaves(taken):
+        leaf.delete()
+    check(running.run(requests()[:1]), requests()[:1], MOE)
+
+
+def test_weights_are_not_changed_amid_answers():
+    """Nor are prompts that some waited with read by the old ones."""
+    running, asked = engine(EngineConfig(slots=1, steps=2)), requests()[0]
+    numbers = [running.submit(asked) for _ in range(2)]
+    running.step()
+    with pytest.raises(ValueError, match="1 requests are being answered and 1 wait; an answer is by one model"):
+        running.load(*weights()[2:])
+    for number in numbers:
+        running.cancel(number)
+    read = running.prompt_tokens_read
+    running.load(*weights()[2:])
+    check(running.run([asked]), [asked])
+    assert running.prompt_tokens_read - read == len(asked.prompt)
+
+
 def test_of_a_small_vocabulary_all_tokens_may_be_told():
     small = dataclasses.replace(CONFIG, vocab_size=12)
     (answer,) = engine(config=small).run([Request(prompt=(1, 2), sampling=GREEDY, top_log_probs=12)])
@@ -288,6 +388,7 @@ def test_parameters_are_kept_in_the_type_they_are_computed_in():
         ({"prompt": (1,) * 117}, "a prompt of 117 tokens and an answer of up to 12 do not fit into a context of 128"),
         ({"stop_strings": ("x",)}, "stop strings need an engine with a tokenizer"),
         ({"top_log_probs": 21}, r"top_log_probs must be in 0..20, got 21"),
+        ({"drawn": True, "sampling": SamplingConfig(max_new_tokens=2, repetition_penalty=1.1)}, "no repetition_penalty, got 1.1"),
     ],
 )
 def test_requests_that_cannot_be_answered_are_refused(changes, message):

@@ -23,7 +23,7 @@ from lfm_jax.training import (
 )
 from lfm_jax.training.metrics import is_of_the_machine, read_metrics
 from lfm_jax.training.stopping import Interrupted, stop_requests
-from lfm_jax.training.trouble import TrainingDiverged
+from lfm_jax.training.trouble import TrainingDiverged, TroubleConfig
 
 MODEL = ModelConfig(
     vocab_size=31, embed_dim=16, layer_types=("conv", "full_attention"), num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24
@@ -238,3 +238,66 @@ def test_the_record_up_to_a_checkpoint_is_safe_before_the_checkpoint_is(tmp_path
     monkeypatch.setattr(checkpoint_manifest, "commit", committed)
     run(tmp_path)
     assert [step for step, _ in held] == [4, 8, 12] and all(record >= step for step, record in held)
+
+
+class Observing(Batches):
+    """Tokens that hang on the parameters they were made with, which it keeps."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.seen = []
+
+    def observe(self, params, buffers, step):
+        self.seen.append((step, jax.tree.map(np.array, params)))
+
+    def __next__(self):
+        batch = super().__next__()
+        batch["tokens"] = (batch["tokens"] + int(1e6 * np.abs(self.seen[-1][1]["embed"]["embedding"]).sum())) % 31
+        return batch
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory):
+    """(workdir, result, batches) of a run whose batches are made by its own model."""
+    workdir, batches = tmp_path_factory.mktemp("observed"), Observing()
+    return workdir, run(workdir, batches), batches
+
+
+def _same_trees(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_batches_of_the_model_itself_are_made_by_the_parameters_after_the_last_update(observed, tmp_path):
+    seen = observed[2].seen
+    assert [step for step, _ in seen] == list(range(12))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 12)
+    four = run(tmp_path, Observing(), config=dataclasses.replace(CONFIG, steps=4), optimizer=optimizer)
+    _same_trees(seen[4][1], four.state.params)
+    assert not np.array_equal(seen[4][1]["embed"]["embedding"], seen[5][1]["embed"]["embedding"])
+
+
+def test_a_run_whose_batches_are_made_by_its_model_resumes_bit_for_bit_the_same(observed, tmp_path):
+    with pytest.raises(Interrupted):
+        run(tmp_path, Observing(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    batches = Observing()
+    assert_same(run(tmp_path, batches), observed[1])
+    assert records(tmp_path) == records(observed[0])
+    assert [step for step, _ in batches.seen] == list(range(6, 12))
+    _same_trees(batches.seen[0][1], observed[2].seen[6][1])
+
+
+def test_after_a_roll_back_batches_are_made_by_the_parameters_of_the_checkpoint(observed, tmp_path):
+    """The batch of step 6 is no number; the run goes back to step 4, and past that batch."""
+
+    class Broken(Observing):
+        def __next__(self):
+            batch = super().__next__()
+            return batch | {"loss_mask": batch["loss_mask"] * np.float32(np.nan if self.step == 6 else 1)}
+
+    batches, trouble = Broken(), TroubleConfig(non_finite="roll_back", replay=False)
+    run(tmp_path, batches, config=dataclasses.replace(CONFIG, steps=8, trouble=trouble))
+    steps = [step for step, _ in batches.seen]
+    back = steps.index(4, 5)
+    assert set(steps[back:-3]) == {4} and steps[-4:] == [4, 5, 6, 7]
+    for _, params in batches.seen[back:-3]:
+        _same_trees(params, observed[2].seen[4][1])

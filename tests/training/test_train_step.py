@@ -85,6 +85,31 @@ def test_grad_accum_equals_big_batch_unequal_lengths(accumulation, devices):
     np.testing.assert_allclose([1 - state.params["slope"][0], -state.params["scale"][0]], [slope, scale], rtol=1e-5)
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_figures_that_are_no_means_over_the_weight_are_right_however_rows_are_dealt(accumulation, devices):
+    """Extremes, which do not add up; counts, which are not divided; and means over something else than the weight."""
+
+    def objective(line, batch, key):
+        x, real = batch["tokens"], batch["loss_mask"] > 0
+        some = lambda values: jnp.sum(jnp.where(real, values, 0))
+        return _squares(line, batch, key)._replace(
+            metrics={"x": some(x)}, of=some(1.0), counts={"words": some(1.0), "rows": jnp.float32(len(x))},
+            lowest={"x": jnp.min(jnp.where(real, x + 9, jnp.inf))}, highest={"x": jnp.max(jnp.where(real, x - 9, -jnp.inf))},
+        )  # fmt: skip
+
+    mesh, batch = _mesh(devices), _batch(rows=32)
+    batch["loss_mask"][5:23] = 0  # micro-batches and devices with nothing
+    real = batch["loss_mask"] > 0
+    step = make_train_step(FUNCTIONS, optax.sgd(1.0), objective, mesh, seed=SEED, accumulation=accumulation)
+    _, metrics = step(init_state(FUNCTIONS, optax.sgd(1.0), mesh, SEED), place_batch(batch, mesh))
+    x = batch["tokens"][real]
+    assert (metrics["x_min"], metrics["x_max"], metrics["words"]) == ((x + 9).min(), (x - 9).max(), x.size)
+    np.testing.assert_allclose(metrics["x"], x.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], _by_hand(batch)[0], rtol=1e-5)
+    assert "tokens" not in metrics
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_no_row_moves_between_devices(accumulation):
     """Devices exchange sums; a micro-batch is made of each device's own rows."""
