@@ -16,13 +16,21 @@ folders rollouts/ (everything: answers with ids and log-probabilities, what each
 TRL reads), and `results.json`: shares of loops, of what is right and of what is dropped, and by which reason. Killed and started
 again it goes on behind the last whole shard; on several hosts each takes its part of the shards. Minutes for 1,000 prompts of a
 small model on a CPU.
+
+    python run.py --config=configs/preference_data.py:loops --workdir=workdirs/loops --config.init_from=workdirs/sft \
+        --config.rollouts=workdirs/preferences
+
+makes pairs of the second kind of those answers, for configs/ftpo.py (Liquid AI's antidoom, 2026): for each that loops, all ids up
+to where the second repetition begins, the token that begins it, and up to 20 that the policy would as soon say there (of at least
+`min_probability`). Antidoom draws its answers at temperature 0.1. Gives the folder loops/, shard by shard, and how many places
+and pairs there are and which tokens begin loops.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """There is one; it takes no argument."""
-    if argument:
-        raise ValueError(f"{argument!r}: this config takes no argument")
-    return ConfigDict({"experiment": "preference_data"})
+    """argument: none, or "loops": the pairs of final tokens in what was answered."""
+    if argument not in ("", "loops"):
+        raise ValueError(f"{argument!r}: this config takes the argument loops, or none")
+    return ConfigDict({"experiment": "preference_data.loops" if argument else "preference_data"})

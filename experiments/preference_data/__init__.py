@@ -1,13 +1,13 @@
 """On-policy preference data: a model answers each prompt several times, a jury scores the answers, best and worst make a pair."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import time
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -17,11 +17,12 @@ from rich.progress import track
 from data_pipelines.tasks import Split
 from experiments.answering import Answerer
 from experiments.judges import Judge, JuryConfig, absolute_score, ask, make_jury
+from experiments.preference_data.files import is_made, write_lines
 from experiments.preference_data.pairs import Candidate, Choice, Rule, choose_pair, combined
 from experiments.preference_data.prompts import Prompt, Source, fingerprint, shards
 from experiments.results import write_json, write_results
 from experiments.stages import load_stage
-from lfm_jax.configuration import ConfigError, mistakes_in
+from lfm_jax.configuration import mistakes_in
 from lfm_jax.generation import Completion, EngineConfig, Request, SamplingConfig
 from lfm_jax.models import ComputeConfig
 from lfm_jax.sharding import MeshConfig, make_mesh
@@ -112,14 +113,25 @@ def main(config: Config, workdir: epath.Path) -> None:
     for folder in ("rollouts", "pairs", "counts"):
         (workdir / folder).mkdir(parents=True, exist_ok=True)
     made = total = 0
-    for number, prompts in track(enumerate(_asked(config)), description="shards"):
-        total += 1
-        if number % jax.process_count() != jax.process_index():
-            continue
-        about = {"policy": config.init_from, "policy_step": stage.step, "prompts": fingerprint(prompts)}
-        if not _is_made(workdir / "counts" / f"{number:06d}.json", about):
-            _make_shard(config, workdir, f"{number:06d}", prompts, policy, jury, about)
-            made += 1
+    before: concurrent.futures.Future | None = None
+    with concurrent.futures.ThreadPoolExecutor(1) as judging:  # judges elsewhere are waited for while the policy goes on
+        for number, prompts in track(enumerate(_asked(config)), description="shards"):
+            total += 1
+            if number % jax.process_count() != jax.process_index():
+                continue
+            about = {"policy": config.init_from, "policy_step": stage.step, "prompts": fingerprint(prompts)}
+            if not is_made(workdir / "counts" / f"{number:06d}.json", about):
+                begin = time.monotonic()
+                answers = policy.answer(prompts)
+                seconds = time.monotonic() - begin
+                if before is not None:
+                    before.result()
+                before = judging.submit(_judge_shard, config, workdir, f"{number:06d}", prompts, answers, jury, about, seconds)
+                if config.judges.likelihoods:  # two threads would hand programs to the same devices, and each wait for the other
+                    before.result()
+                made += 1
+        if before is not None:
+            before.result()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("preference data")
     write_results(workdir, _figures(config, workdir, total) | {"checkpoint_step": stage.step, "shards_made_now": made}, config)
@@ -141,18 +153,26 @@ def answer_seed(seed: int, prompt: int, rollout: int) -> int:
     return int.from_bytes(hashlib.blake2b(json.dumps([seed, prompt, rollout]).encode(), digest_size=4).digest(), "little")
 
 
+class _Answered(NamedTuple):
+    """prompt_ids: as the policy was given it. answers: in the form of their records."""
+
+    prompt_ids: tuple[int, ...]
+    answers: list[dict[str, Any]]
+
+
 class _Policy:
     """The model that answers."""
 
     def __init__(self, config: Config, answerer: Answerer):
         self._config, self._answerer = config, answerer
 
-    def answer(self, prompts: Sequence[Prompt]) -> list[list[dict[str, Any]] | str]:
+    def answer(self, prompts: Sequence[Prompt]) -> list[_Answered | str]:
         """The answers to each prompt; or why there are none."""
         requests: list[list[Request] | str] = [self._requests(prompt) for prompt in prompts]
         every = [request for each in requests if not isinstance(each, str) for request in each]
         found = iter(self._answerer.engine.run(every))
-        return [each if isinstance(each, str) else [self._told(request, next(found)) for request in each] for each in requests]
+        told = lambda each: _Answered(each[0].prompt, [self._told(request, next(found)) for request in each])
+        return [each if isinstance(each, str) else told(each) for each in requests]
 
     def _requests(self, prompt: Prompt) -> list[Request] | str:
         config = self._config
@@ -172,21 +192,18 @@ class _Policy:
         return {"kind": kind, "seed": request.sampling.seed, **self._answerer.told(completion)}
 
 
-def _make_shard(
-    config: Config, workdir: epath.Path, name: str, prompts: list[Prompt], policy: _Policy, jury: Sequence[Judge],
-    about: Mapping[str, Any],
+def _judge_shard(
+    config: Config, workdir: epath.Path, name: str, prompts: list[Prompt], answers: list[_Answered | str],
+    jury: Sequence[Judge], about: Mapping[str, Any], seconds_generating: float,
 ) -> None:  # fmt: skip
-    """The file of counts comes last: a shard is there if that is."""
-    begin = time.monotonic()
-    answers = policy.answer(prompts)
-    seconds = {"seconds_generating": time.monotonic() - begin}
+    """Has the answers judged, and writes the shard. The file of counts comes last: a shard is there if that is."""
     begin = time.monotonic()
     usable = [(prompt, each) for prompt, each in zip(prompts, answers, strict=True) if not isinstance(each, str)]
-    texts = [[answer["text"] for answer in each] for _, each in usable]
+    texts = [[answer["text"] for answer in each.answers] for _, each in usable]
     conversations = [prompt.conversation for prompt, _ in usable]
     keys = [[config.seed, prompt.number] for prompt, _ in usable]
     opinions = {judge.name: iter(ask(judge, conversations, texts, keys)) for judge in jury}
-    seconds["seconds_judging"] = time.monotonic() - begin
+    seconds = {"seconds_generating": seconds_generating, "seconds_judging": time.monotonic() - begin}
     records = []
     for prompt, each in zip(prompts, answers, strict=True):
         record = {
@@ -197,9 +214,9 @@ def _make_shard(
             records.append(record | {"responses": [], "not_answered": each})
             continue
         verdicts = {judge: next(found) for judge, found in opinions.items()}
-        records.append(record | _judged(config, prompt, each, verdicts, jury))
-    _write_lines(workdir / "rollouts" / f"{name}.jsonl", records)
-    _write_lines(workdir / "pairs" / f"{name}.jsonl", [_pair(record, config.pairs.rule) for record in records])
+        records.append(record | {"prompt_ids": each.prompt_ids} | _judged(config, prompt, each.answers, verdicts, jury))
+    write_lines(workdir / "rollouts" / f"{name}.jsonl", records)
+    write_lines(workdir / "pairs" / f"{name}.jsonl", [_pair(record, config.pairs.rule) for record in records])
     write_json(workdir / "counts" / f"{name}.json", {**about, "counts": _counts(config, records) | seconds})
 
 
@@ -307,26 +324,3 @@ def _of_rule(rule: Rule, counts: Mapping[str, Any]) -> dict[str, Any]:
                       strict=True))  # fmt: skip
     of_pairs = {figure: counts[f"{rule}_{name}"] / pairs if pairs else None for figure, name in shares.items()}
     return {"pairs": pairs, "dropped": {name: counts[f"{rule}_{name}"] for name in names}} | of_pairs
-
-
-def _is_made(path: epath.Path, about: Mapping[str, Any]) -> bool:
-    if not path.exists():
-        return False
-    found = json.loads(path.read_text())
-    other = [name for name, value in about.items() if found.get(name) != value]
-    if other:
-        raise ConfigError(
-            f"{path} was made with another {', '.join(other)}: {found.get(other[0])!r}, now {about[other[0]]!r}. Pairs of a run "
-            "are by one policy on one list of prompts; take a new workdir."
-        )
-    return True
-
-
-def _write_lines(path: epath.Path, records: Iterable[Mapping[str, Any] | None]) -> None:
-    """JSON lines, whole or not at all; None is left out."""
-    part = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    with part.open("w") as file:
-        for record in records:
-            if record is not None:
-                file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-    part.replace(path)

@@ -2,6 +2,12 @@
 
 from lfm_jax.training.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from lfm_jax.training.evaluation import Totals, evaluate_loss
+from lfm_jax.training.final_token import (
+    FinalTokenConfig,
+    final_token_losses,
+    final_token_objective,
+    make_final_token_logits_step,
+)
 from lfm_jax.training.loop import BatchIterator, ObservingBatchIterator, TrainConfig, Trained, train
 from lfm_jax.training.metrics import MetricsWriter, read_metrics
 from lfm_jax.training.objective import Batch, LossConfig, Objective, Sums, next_token_objective
@@ -19,10 +25,8 @@ from lfm_jax.training.policy_gradient import (
 from lfm_jax.training.policy_objective import make_policy_log_probs_step, policy_objective
 from lfm_jax.training.preference import (
     Answers,
-    FinalTokenConfig,
     PairLosses,
     PreferenceConfig,
-    final_token_losses,
     preference_losses,
     preference_member,
 )
@@ -39,8 +43,9 @@ __all__ = [
     "Interrupted", "LossConfig", "MetricsWriter", "Objective", "ObservingBatchIterator", "OptimizerConfig", "PairLosses",
     "PolicyGradientConfig", "PolicySums", "PreferenceConfig", "Rollouts", "ScheduleConfig", "SilentCorruption", "Sums", "Totals",
     "TrainConfig", "TrainState", "Trained", "TrainingDiverged", "TroubleConfig", "abstract_state", "check_mesh", "check_rows",
-    "evaluate_loss", "final_token_losses", "group_advantages", "host_part", "init_state", "make_eval_step", "make_log_probs_step",
-    "make_optimizer", "make_policy_log_probs_step", "make_schedule", "make_train_step", "next_token_objective",
-    "overlong_penalty", "place_batch", "policy_gradient_member", "policy_gradient_sums", "policy_objective", "preference_losses",
-    "preference_member", "preference_objective", "read_metrics", "train",
+    "evaluate_loss", "final_token_losses", "final_token_objective", "group_advantages", "host_part", "init_state",
+    "make_eval_step", "make_final_token_logits_step", "make_log_probs_step", "make_optimizer", "make_policy_log_probs_step",
+    "make_schedule", "make_train_step", "next_token_objective", "overlong_penalty", "place_batch", "policy_gradient_member",
+    "policy_gradient_sums", "policy_objective", "preference_losses", "preference_member", "preference_objective", "read_metrics",
+    "train",
 ]

@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lfm_jax.arrays import Logits
 from lfm_jax.configuration import nearest
 from lfm_jax.training.objective import Sums
 
@@ -222,71 +221,6 @@ def _absolute(config: PreferenceConfig, chosen: jax.Array, rejected: jax.Array) 
         "bco": lambda: -log_sigmoid(chosen) - log_sigmoid(-rejected),
         "sppo": lambda: (jnp.square(chosen - 0.5) + jnp.square(rejected + 0.5)) / config.beta**2,
     }[config.absolute]()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FinalTokenConfig:
-    """Final-token preference optimisation, FTPO (Liquid AI's antidoom, 2026): at one position, tokens that may stand there
-    against the one that begins a loop, while all other logits stay as they were.
-
-    margin: in logits; a chosen token that leads the rejected one by so much has no more loss.
-    tether: weight of the squared change of the logits of all other tokens.
-    target_tether, tolerance: weight of the squared change of the chosen and rejected tokens' logits beyond the tolerance.
-    """
-
-    margin: float = 2.0
-    tether: float = 0.4
-    target_tether: float = 0.05
-    tolerance: float = 0.5
-
-    def __post_init__(self):
-        if self.margin <= 0:
-            raise ValueError(f"margin must be positive, got {self.margin}")
-        if min(self.tether, self.target_tether, self.tolerance) < 0:
-            raise ValueError(
-                "tether, target_tether and tolerance must not be negative, got "
-                f"{self.tether}, {self.target_tether} and {self.tolerance}"
-            )
-
-
-def final_token_losses(
-    config: FinalTokenConfig,
-    logits: Logits,
-    reference_logits: Logits,
-    chosen: jax.Array,
-    chosen_mask: jax.Array,
-    rejected: jax.Array,
-) -> PairLosses:
-    """FTPO's loss of each position: the mean over its chosen tokens of w softplus(margin - d), where d is by how much the token's
-    logit is above the rejected token's and w = clip((margin - d) / margin, 0, 1), and the two tethers.
-
-    The tethers are means over the logits of a position and then over positions, where the original has means over the logits of
-    a batch, which do not add up: the same where all positions have as many chosen tokens.
-
-    Args:
-      logits, reference_logits: at the position, [pairs, vocab]; no gradient goes to the reference's.
-      chosen: token ids, [pairs, choices]; chosen_mask: [pairs, choices], 1, or 0 for padding. A position without any is padding.
-      rejected: token ids, [pairs].
-    Returns:
-      metrics: `accuracy`, the share of chosen tokens above the rejected one; `satisfied`, of those by the margin; `lead`, the
-      mean of d; `change`, the mean squared change of the other logits.
-    """
-    logits, reference = at_least_float32(logits), jax.lax.stop_gradient(at_least_float32(reference_logits))
-    choices = jnp.sum(chosen_mask.astype(bool), axis=1, dtype=logits.dtype)
-    mean = lambda values: jnp.sum(masked(values, chosen_mask), axis=1, dtype=logits.dtype) / jnp.maximum(choices, 1)
-    lead = jnp.take_along_axis(logits, chosen, axis=1) - jnp.take_along_axis(logits, rejected[:, None], axis=1)
-    weight = jnp.clip((config.margin - lead) / config.margin, 0, 1)
-    rows = jnp.arange(len(rejected))
-    target = jnp.zeros(logits.shape, bool).at[rows[:, None], chosen].max(chosen_mask.astype(bool)).at[rows, rejected].set(True)
-    change = logits - reference
-    excess = jnp.maximum(jnp.abs(change) - config.tolerance, 0)
-    others = jnp.mean(jnp.square(change), axis=1, where=~target)
-    targets = jnp.mean(jnp.square(excess), axis=1, where=target)
-    loss = mean(weight * jax.nn.softplus(config.margin - lead)) + config.tether * others + config.target_tether * targets
-    metrics = {"accuracy": mean(lead > 0), "satisfied": mean(lead >= config.margin), "lead": mean(lead), "change": others}
-    real = choices > 0
-    metrics = {name: jnp.where(real, jax.lax.stop_gradient(value), 0) for name, value in metrics.items()}
-    return PairLosses(jnp.where(real, loss, 0), real.astype(loss.dtype), metrics)
 
 
 def at_least_float32(values: jax.Array) -> jax.Array:

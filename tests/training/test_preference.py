@@ -9,7 +9,7 @@ import pytest
 from scipy.special import expit, log_expit
 
 from lfm_jax.sharding import MeshConfig, activation_sharding, make_mesh
-from lfm_jax.training import Answers, FinalTokenConfig, PreferenceConfig, final_token_losses, preference_losses, preference_member
+from lfm_jax.training import Answers, PreferenceConfig, preference_losses, preference_member
 
 MEMBERS = (
     "dpo", "dpo_norm", "simpo", "ipo", "hinge", "robust", "exo", "apo_zero", "apo_down", "nca", "bco", "sppo", "lfm2",
@@ -261,73 +261,3 @@ def test_settings_that_make_no_loss_are_refused(changes, message):
 def test_an_unknown_member_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="no preference loss 'dpo_nrom'. Did you mean 'dpo_norm'"):
         preference_member("dpo_nrom")
-
-
-# From here on final-token preference: VOCAB logits at each of PAIRS positions, some of which have fewer chosen tokens.
-VOCAB, CHOICES = 11, 3
-
-
-def _positions(seed=0, choices=(3, 1, 2, 3, 0, 2)):
-    rng = np.random.default_rng(seed)
-    tokens = np.stack([rng.permutation(VOCAB)[: CHOICES + 1] for _ in range(PAIRS)])
-    mask = np.arange(CHOICES) < np.asarray(choices)[:, None]
-    chosen, rejected = np.where(mask, tokens[:, :CHOICES], 0), tokens[:, CHOICES]  # 0 may be the rejected one as well
-    logits, reference = 2 * rng.normal(size=(2, PAIRS, VOCAB))
-    return [jnp.asarray(array) for array in (logits, reference, chosen, mask, rejected)]
-
-
-def _final_token_formula(config, logits, reference, chosen, rejected):
-    """Of one position, with the ids of its chosen tokens."""
-    preference = 0.0
-    for token in chosen:
-        lead = logits[token] - logits[rejected]
-        weight = min(max((config.margin - lead) / config.margin, 0), 1)
-        preference += weight * math.log1p(math.exp(config.margin - lead)) / len(chosen)
-    targets = {*chosen, rejected}
-    others = [(logits[token] - reference[token]) ** 2 for token in range(len(logits)) if token not in targets]
-    excess = [max(abs(logits[token] - reference[token]) - config.tolerance, 0) ** 2 for token in targets]
-    return preference + config.tether * np.mean(others) + config.target_tether * np.mean(excess)
-
-
-@pytest.mark.parametrize("config", [FinalTokenConfig(), FinalTokenConfig(margin=1.0, tether=0.0, target_tether=0.0)])
-def test_final_token_preference_is_its_formula(config):
-    logits, reference, chosen, mask, rejected = _positions()
-    found = jax.device_get(final_token_losses(config, logits, reference, chosen, mask, rejected))
-    logits, reference, chosen, mask, rejected = jax.device_get((logits, reference, chosen, mask, rejected))
-    for row in range(PAIRS):
-        ids = chosen[row][mask[row]].tolist()
-        own = logits[row], reference[row], ids, int(rejected[row])
-        np.testing.assert_allclose(found.loss[row], _final_token_formula(config, *own) if ids else 0, rtol=1e-12)
-        assert found.weight[row] == bool(ids)
-        leads = [float(logits[row, token] - logits[row, rejected[row]]) for token in ids] or [0.0]
-        np.testing.assert_allclose(found.metrics["lead"][row], np.mean(leads), rtol=1e-12)
-        np.testing.assert_allclose(found.metrics["accuracy"][row], np.mean(np.array(leads) > 0))
-        np.testing.assert_allclose(found.metrics["satisfied"][row], np.mean(np.array(leads) >= config.margin))
-
-
-def test_final_token_gradients_are_the_formulas_differences():
-    """The weight, which says how far the margin is from being met, has a gradient as well; the reference has none."""
-    logits, reference, chosen, mask, rejected = _positions()
-    loss = lambda logits, reference: final_token_losses(FinalTokenConfig(), logits, reference, chosen, mask, rejected).sums().loss
-    gradient, of_reference = jax.grad(loss, (0, 1))(logits, reference)
-    assert not of_reference.any()
-    logits, reference, chosen, mask, rejected = jax.device_get((logits, reference, chosen, mask, rejected))
-    for row in range(PAIRS):
-        ids = chosen[row][mask[row]].tolist()
-        differences = np.zeros(VOCAB)
-        for token, step in enumerate(1e-6 * np.eye(VOCAB)) if ids else ():
-            up, down = (
-                _final_token_formula(FinalTokenConfig(), logits[row] + sign * step, reference[row], ids, int(rejected[row]))
-                for sign in (1, -1)
-            )
-            differences[token] = (up - down) / 2e-6
-        np.testing.assert_allclose(np.asarray(gradient)[row], differences, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"margin": 0}, "margin must be positive, got 0"), ({"tether": -0.1}, "must not be negative, got -0.1, 0.05 and 0.5")],
-)
-def test_final_token_settings_that_make_no_loss_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        FinalTokenConfig(**changes)
