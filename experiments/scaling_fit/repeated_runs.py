@@ -1,7 +1,7 @@
 """The 182 runs from which Muennighoff et al. 2023 fitted the worth of a repeated token, and what their objective looks like.
 
 Their notebook has more runs: these are the ones that it keeps under "custom data loading with outliers removed", without those on
-deduplicated text (huggingface/datablations 1370131, utils/parametric_fit.ipynb; Apache 2.0).
+deduplicated text (huggingface/datablations 1370131, utils/parametric_fit.ipynb).
 """
 
 from typing import Any
