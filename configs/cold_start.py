@@ -1,0 +1,31 @@
+"""From a cold environment back to one that can be practised: examples of just its problems, fine-tuning on them, and RL again.
+
+    python run.py --config=configs/cold_start.py --workdir=workdirs/cold_start --config.run=workdirs/rl
+
+`run` is the workdir of configs/rl.py whose `cold.json` names environments in which no answer was ever right, with pass@k of a
+probe: "rare", RL may find it with more samples, or "absent", there is nothing to make likelier (DeepSeek-R1, 2025, begins with
+thousands of such examples for that reason). Examples are the generator's worked solutions, or with `--config.source=rollouts`
+what the policy itself got right. Then sft/ and rl/ follow in the workdir, each resumed where it stopped. Gives the accuracy of
+the run, after fine-tuning and after RL, and whether the environment is still cold. The whole loop from nothing, minutes on a CPU:
+
+    python run.py --config=configs/quickstart.py --workdir=workdirs/quickstart
+    python run.py --config=configs/rl.py --workdir=workdirs/rl --config.init_from=workdirs/quickstart \
+        --config.environments.names=arithmetic --config.curriculum.cold_after=3 --config.train.steps=8
+    python run.py --config=configs/cold_start.py --workdir=workdirs/cold_start --config.run=workdirs/rl --config.rl_steps=40
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """There is one; it takes no argument."""
+    if argument:
+        raise ValueError(f"{argument!r}: this config takes no argument")
+    return ConfigDict(
+        {
+            "experiment": "cold_start",
+            "loader": {"seq_len": 512, "batch_size": 16},
+            "optimizer": {"learning_rate": 1e-3, "schedule": {"kind": "cosine", "warmup_steps": 20}},
+            "train": {"steps": 300, "log_every": 10, "evaluate_every": 100, "checkpoint_every": 100},
+        }
+    )

@@ -1,0 +1,116 @@
+"""Batches of rollouts on disk, everything in them, and as arrays to learn from, made of what is on disk and nothing else."""
+
+import base64
+import json
+import uuid
+import zlib
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+FOLDER = "rollouts"
+TRAINER = ("old_log_probs", "reference_log_probs")  # of the drawn tokens; computed when an answer is first learnt from
+
+
+def encoded_bits(kept: Sequence[np.ndarray]) -> str | None:
+    """Bit sets, [tokens, words] uint32, as text; None of none."""
+    if not len(kept):
+        return None
+    return base64.b64encode(zlib.compress(np.stack(kept).astype("<u4").tobytes())).decode()
+
+
+def decoded_bits(text: str, tokens: int) -> np.ndarray:
+    """[tokens, words] uint32."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4").reshape(tokens, -1)
+
+
+class Files:
+    """The batches in a workdir's folder rollouts/: a file for each, NNNNNN.jsonl, a prompt a line; of several hosts each its own.
+
+    Args:
+      part: (index, count) of this host among those that have prompts of their own.
+    """
+
+    def __init__(self, workdir: epath.Path, part: tuple[int, int]):
+        self._folder, self._ending = workdir / FOLDER, ".jsonl" if part[1] == 1 else f"-{part[0]}.jsonl"
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, batch: int, records: Sequence[dict[str, Any]]) -> None:
+        """Whole or not at all; what was there is replaced."""
+        path = self._folder / f"{batch:06d}{self._ending}"
+        part = self._folder / f".{path.name}.{uuid.uuid4().hex}"
+        part.write_text("".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records))
+        part.replace(path)
+
+    def read(self, batch: int, slots: range) -> list[dict[str, Any]]:
+        """The records of these slots, whichever hosts have written them.
+
+        Raises:
+          ValueError: they are not there.
+        """
+        lines = [line for path in self._of(batch) for line in path.read_text().split("\n") if line]
+        found = {record["slot"]: record for record in map(json.loads, lines)}
+        missing = [slot for slot in slots if slot not in found]
+        if missing:
+            path = self._folder / f"{batch:06d}.jsonl"
+            raise ValueError(
+                f"{path} has not all rollouts that the checkpoint was made in the middle of: those of slots {missing} are "
+                "missing; take an earlier checkpoint, or a new workdir"
+            )
+        return [found[slot] for slot in slots]
+
+    def keep(self, batches: Collection[int]) -> None:
+        """Removes all others of this host."""
+        for path in self._folder.glob(f"*{self._ending}"):
+            name = path.name.removesuffix(self._ending)
+            if name.isdecimal() and int(name) not in batches:
+                path.unlink(missing_ok=True)
+
+    def _of(self, batch: int) -> list[epath.Path]:
+        return [*self._folder.glob(f"{batch:06d}.jsonl"), *self._folder.glob(f"{batch:06d}-*.jsonl")]
+
+
+def longest(records: Sequence[dict[str, Any]]) -> int:
+    """Positions that the longest row takes."""
+    return max(len(record["prompt_ids"]) + len(answer["token_ids"]) for record in records for answer in record["answers"]) - 1
+
+
+def arrays(records: Sequence[dict[str, Any]], seq: int, words: int | None) -> dict[str, np.ndarray]:
+    """The batch of `policy_objective`: an answer in each row, those to a prompt beside each other.
+
+    Args:
+      seq: positions of a row. words: of `kept`, which is there if they are given.
+    """
+    answers = [(record["prompt_ids"], answer) for record in records for answer in record["answers"]]
+    rows = len(answers)
+    batch = {name: np.zeros((rows, seq), np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    trainer = [name for name in TRAINER if all(name in answer for _, answer in answers)]
+    batch |= {name: np.zeros((rows, seq), np.float32) for name in ("loss_mask", "advantages", "sampler_log_probs", *trainer)}
+    batch["temperature"] = np.array([answer["temperature"] for _, answer in answers], np.float32)
+    if words is not None:
+        batch["kept"] = np.zeros((rows, seq, words), np.uint32)
+    for row, (prompt, answer) in enumerate(answers):
+        ids = np.array(prompt + answer["token_ids"], np.int32)
+        length = len(ids) - 1
+        batch["tokens"][row, :length], batch["targets"][row, :length] = ids[:-1], ids[1:]
+        batch["segment_ids"][row, :length], batch["positions"][row, :length] = 1, np.arange(length)
+        (drawn,) = np.nonzero(answer["drawn"])
+        places = len(prompt) - 1 + drawn
+        batch["loss_mask"][row, places] = answer["counts"]
+        batch["advantages"][row, places] = np.float32(answer["advantage"]) + np.float32(answer.get("token_advantages") or 0)
+        for name, key in (("sampler_log_probs", "log_probs"), *zip(trainer, trainer, strict=True)):
+            batch[name][row, places] = answer[key]
+        if words is not None and answer["kept"] is not None:
+            batch["kept"][row, places] = decoded_bits(answer["kept"], len(places))
+    return batch
+
+
+def with_log_probs(records: Sequence[dict[str, Any]], name: str, log_probs: np.ndarray) -> None:
+    """Puts what a trainer computed, [rows, seq] in the order of `arrays`, into the answers."""
+    rows = iter(log_probs)
+    for record in records:
+        for answer in record["answers"]:
+            (drawn,) = np.nonzero(answer["drawn"])
+            answer[name] = next(rows)[len(record["prompt_ids"]) - 1 + drawn].tolist()

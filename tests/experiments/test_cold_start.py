@@ -1,0 +1,167 @@
+"""What a cold environment is started with, and with which settings the two stages after it run."""
+
+import dataclasses
+import json
+
+import pytest
+from etils import epath
+
+import run
+from data_pipelines import LoaderConfig
+from data_pipelines.tasks import Shop, task_named
+from experiments import cold_start, rl, sft
+from experiments.cold_start import Config
+from experiments.results import write_json, write_results
+from experiments.rl.settings import EnvironmentsConfig, RolloutsConfig
+from lfm_jax.configuration import to_mapping
+from lfm_jax.training import TrainConfig
+
+LOADER, TRAIN = LoaderConfig(seq_len=64, batch_size=8), TrainConfig(steps=4)
+COLD = {"difficulty": 2, "verdict": "absent", "prompts": [{"solved": None, "tools": None}]}
+
+
+@pytest.fixture
+def cold(tmp_path):
+    """The workdir of a run that has two environments, of which `cold` is what it says of them."""
+
+    def make(names=("word_problems", "arithmetic"), **found):
+        config = rl.Config(
+            init_from="first", train=TrainConfig(steps=9), environments=EnvironmentsConfig(names=names),
+            rollouts=RolloutsConfig(chat_format="lfm2_5"),
+        )  # fmt: skip
+        write_json(epath.Path(tmp_path) / "config.json", {"experiment": "rl", "invocation": {}, **to_mapping(config)})
+        write_json(epath.Path(tmp_path) / "cold.json", {"environments": found})
+        return tmp_path
+
+    return make
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Stands for the two stages: (name, settings, workdir) of each that was run."""
+    ran = []
+
+    def stage(module, figures):
+        def main(config, workdir):
+            ran.append((module, config, workdir))
+            write_results(workdir, figures, config)
+
+        monkeypatch.setattr(module, "main", main)
+
+    stage(sft, {"nll_per_token": 1.5})
+    figures = {"accuracy": 0.75, "accuracy_before": 0.5, "tail_loop": 0.0, "accuracy_of_arithmetic": 0.875}
+    stage(rl, figures | {"accuracy_of_arithmetic_before": 0.625, "accuracy_of_shop": 0.25, "accuracy_of_shop_before": 0.125})
+    return ran
+
+
+def start(folder, workdir, **changes):
+    workdir.mkdir(exist_ok=True)
+    cold_start.main(Config(run=str(folder), loader=LOADER, train=TRAIN, **changes), epath.Path(workdir))
+    return json.loads((workdir / "results.json").read_text())
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_its_problems_are_learnt_at_its_difficulty_and_then_practised(cold, stages, tmp_path):
+    folder = cold(arithmetic=COLD)
+    figures = start(folder, tmp_path / "again", conversations=5, rl_steps=3)
+    examples = lines(tmp_path / "again" / "examples" / "arithmetic.jsonl")
+    task = task_named("arithmetic")
+    for seed, example in enumerate(examples):
+        problem = task.sample(seed, 2, "train")
+        assert example["messages"][:-1] == problem.messages and len(examples) == 5
+        assert task.score(example["messages"][-1]["content"], problem.reference)["correct"] == 1
+    (_, tuned, where), (_, after, last) = stages
+    assert (tuned.init_from, where, last) == (str(folder), tmp_path / "again" / "sft", tmp_path / "again" / "rl")
+    assert tuned.data.chat_format == "lfm2_5"
+    assert tuned.data.sources == (str(tmp_path / "again" / "examples" / "arithmetic.jsonl"),)
+    assert (after.init_from, after.train.steps) == (str(tmp_path / "again" / "sft"), 3)
+    assert after.environments.difficulties == (1, 2) and after.environments.names == ("word_problems", "arithmetic")
+    assert figures["environments"] == [
+        {"environment": "arithmetic", "difficulty": 2, "verdict": "absent", "examples": 5, "accuracy_after_sft": 0.625,
+         "accuracy_after_rl": 0.875, "is_cold": False}
+    ]  # fmt: skip
+    assert figures["cold"] == 1 and figures["cold_after"] == 0 and figures["sft_nll_per_token"] == 1.5
+    start(folder, tmp_path / "again", conversations=5, rl_steps=3)
+    assert len(stages) == 2  # what is there is not run again
+
+
+def test_the_shop_is_started_with_whole_episodes(cold, stages, tmp_path):
+    folder = cold(names=("shop", "arithmetic"), shop=COLD)
+    start(folder, tmp_path / "again", conversations=3)
+    examples = lines(tmp_path / "again" / "examples" / "shop.jsonl")
+    assert stages[1][1].train.steps == 9 and len(examples) == 3
+    for seed, example in enumerate(examples):
+        shop = Shop()
+        problem = shop.reset(seed, 2, "train")
+        for message in example["messages"][len(problem.messages) :]:
+            if message["role"] == "assistant":
+                shop.step(message["content"])
+        assert shop.score()["correct"] == 1 and example["tools"] == problem.tools
+
+
+def test_what_the_policy_got_right_is_taken_once_and_the_best_first(cold, stages, tmp_path):
+    said = lambda text: [{"role": "assistant", "content": text}]
+    asked = [{"role": "user", "content": "?"}]
+    probe = [{"solved": [*asked, *said("probed")], "tools": None}, {"solved": None, "tools": None}]
+    folder = cold(arithmetic=COLD | {"verdict": "rare", "prompts": probe})
+    answer = lambda text, correct, reward: {"parts": {"correct": correct}, "reward": reward, "messages": said(text)}
+    record = {"messages": asked, "tools": None, "answers": [answer("wrong", 0.0, 0.0), answer("probed", 1.0, 0.5)]}
+    (folder / "rollouts").mkdir()
+    (folder / "rollouts" / "000001.jsonl").write_text(
+        json.dumps(record | {"environment": "arithmetic", "answers": [*record["answers"], answer("fair", 0.5, 0.4)]}) + "\n"
+        + json.dumps(record | {"environment": "word_problems", "answers": [answer("other", 1.0, 1.0)]}) + "\n"
+    )  # fmt: skip
+    start(folder, tmp_path / "again", source="rollouts")
+    examples = lines(tmp_path / "again" / "examples" / "arithmetic.jsonl")
+    assert [example["messages"][-1]["content"] for example in examples] == ["probed", "fair"]
+
+
+@pytest.mark.parametrize(
+    "found, changes, message",
+    [
+        ({}, {}, "has no cold environment in cold.json; there is nothing to be started"),
+        ({"arithmetic": COLD}, {"source": "rollouts"}, "0 of the answers in arithmetic that are kept were right"),
+    ],
+)
+def test_there_must_be_something_to_start_with(cold, stages, tmp_path, found, changes, message):
+    with pytest.raises(ValueError, match=message):
+        start(cold(**found), tmp_path / "again", **changes)
+
+
+class Mute:
+    """For TRL: nothing is known that solves it."""
+
+    def reset(self, prompt):
+        return None
+
+    def get_reward(self):
+        """None at all."""
+        return 0.0
+
+
+def test_an_environment_without_solutions_says_so(cold, stages, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{number}?"}) + "\n" for number in range(20)))
+    folder = cold(names=(f"trl:{__name__}:Mute:{tmp_path / 'rows.jsonl'}",), Mute=COLD | {"difficulty": 1})
+    with pytest.raises(ValueError, match="Mute has no worked solutions; take source=rollouts"):
+        start(folder, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"conversations": 1}, "conversations must be at least 2, one of which is held out, got 1"),
+        ({"rl_steps": 0}, "rl_steps must be at least 1, or None, got 0"),
+    ],
+)
+def test_mistakes_are_told(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(Config(run="a", loader=LOADER, train=TRAIN), **changes)
+
+
+def test_a_run_that_is_not_cold_is_told_to_the_user(cold, tmp_path, capsys):
+    folder = cold()
+    assert run.main(["--config=configs/cold_start.py", f"--workdir={tmp_path / 'again'}", f"--config.run={folder}"]) == 2
+    assert "--config.run: " in capsys.readouterr().err
