@@ -9,12 +9,15 @@ from data_pipelines.tasks.arithmetic import Arithmetic
 from data_pipelines.tasks.extraction import Extraction
 from data_pipelines.tasks.gsm8k import Gsm8k
 from data_pipelines.tasks.instructions import Instructions
+from data_pipelines.tasks.numbers_game import NumbersGame
 from data_pipelines.tasks.outside import ReasoningGym
 from data_pipelines.tasks.task import Task
 from data_pipelines.tasks.tool_use import ToolUse
 from data_pipelines.tasks.word_problems import WordProblems
 
-_OURS = (Arithmetic(), WordProblems(), Extraction(), Instructions(), ToolUse(), ToolUse("lfm3", name="tool_use_lfm3"))
+_OURS = (
+    Arithmetic(), WordProblems(), Extraction(), Instructions(), ToolUse(), ToolUse("lfm3", name="tool_use_lfm3"), NumbersGame(),
+)  # fmt: skip
 TASKS: dict[str, Task] = {task.name: task for task in _OURS}
 
 
