@@ -62,8 +62,8 @@ def claims_of(found: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[dict[str
     """Whether the greedy doom loops became fewer from SFT to each later step, in the seeds that it was run with, and whether that
     counts.
 
-    It counts if accuracy has fallen at no temperature, and right greedy answers have kept half of their length: a model that says
-    little, or nothing that is right, does not loop either.
+    It counts if at no temperature there are more loops or is less right, and if right greedy answers have kept half of their
+    length: a model that says little, or nothing that is right, does not loop either.
 
     Args:
       found: as of `pooled`.
@@ -77,10 +77,11 @@ def claims_of(found: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[dict[str
         lengths = [of[0.0]["mean_tokens_right"] for of in (before, after)]
         kept = None not in lengths and lengths[1] >= LEAST_LENGTH * lengths[0]
         fallen = differs(before[0.0], after[0.0], "tail_loop") < 0
+        more = [temperature for temperature in after if differs(before[temperature], after[temperature], "tail_loop") > 0]
         worse = [temperature for temperature in after if differs(before[temperature], after[temperature], "right") < 0]
         claims.append({
-            "step": step, "doom_loops_fell": fallen, "accuracy_fell_at": worse, "length_kept": kept,
-            "counts": fallen and kept and not worse,
+            "step": step, "doom_loops_fell": fallen, "doom_loops_rose_at": more, "accuracy_fell_at": worse, "length_kept": kept,
+            "counts": fallen and kept and not worse and not more,
         })  # fmt: skip
     return claims
 
@@ -93,11 +94,13 @@ def markdown(rows: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, An
     for part in ([row for row in rows if row["step"] in chain], [row for row in rows if row["step"] not in chain]):
         if part:
             lines += [head, "|---|---|---|---|---|---|---|---|---|", *(_line(row) for row in part), ""]
-    lines += ["| from SFT to | doom loops fell | accuracy fell at | length kept | counts |", "|---|---|---|---|---|"]
+    lines.append("| from SFT to | greedy loops fell | loops rose at | accuracy fell at | length kept | counts |")
+    lines.append("|---|---|---|---|---|---|")
     yes = lambda value: "yes" if value else "no"
+    at = lambda temperatures: ", ".join(f"{temperature:g}" for temperature in temperatures) or "–"
     for claim in claims:
-        worse = ", ".join(f"{temperature:g}" for temperature in claim["accuracy_fell_at"]) or "–"
-        cells = [claim["step"], yes(claim["doom_loops_fell"]), worse, yes(claim["length_kept"]), yes(claim["counts"])]
+        cells = [claim["step"], yes(claim["doom_loops_fell"]), at(claim["doom_loops_rose_at"]), at(claim["accuracy_fell_at"])]
+        cells += [yes(claim["length_kept"]), yes(claim["counts"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -132,6 +135,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: epath.Path) -> None:
         axes.set(ylabel=label, xticks=range(len(stages)), xticklabels=stages, ylim=(0, None))
         axes.legend(frameon=False, fontsize="small")
         axes.grid(alpha=0.3)
+    lengths.set_ylim(0, 1.4 * lengths.get_ylim()[1])  # room for what the lines are
     _bars(left_out, [row for row in rows if row["temperature"] == 0], ["sft", "dpo", "rl", *others])
     with path.open("wb") as file:
         figure.savefig(file, format="png", dpi=110)

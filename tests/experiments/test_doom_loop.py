@@ -153,6 +153,7 @@ SFT = measured((60, 2), (100, 150))
         (measured((4, 0), (60, 150)), (True, [0.0], True, False)),
         (measured((4, 0), (104, 90)), (True, [0.6], True, False)),  # the sampled answers pay for it
         (measured((0, 0), (104, 150), tokens=12.0), (True, [], False, False)),
+        (measured((4, 30), (104, 150)), (True, [], True, False)),  # it loops elsewhere
         (measured((0, 0), (0, 0), tokens=None), (True, [0.0, 0.6], False, False)),  # it says nothing, and so does not loop
     ],
 )

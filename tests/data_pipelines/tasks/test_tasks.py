@@ -19,6 +19,7 @@ DIGESTS = {
     "instructions": "e9788ec83519de47",
     "tool_use": "181fa17747831505",
     "tool_use_lfm3": "882ba10797ec4d94",
+    "numbers_game": "5eeca95d74161700",
 }
 
 
