@@ -34,21 +34,22 @@ class Answerer:
         self._decode, self._symbols = stage.tokenizer.decode, {index: name for name, index in self.encoder.symbols.items()}
         self.stop_ids = tuple(self.encoder.symbols[symbol] for symbol in _ENDS if symbol in self.encoder.symbols)
 
-    def prompt(self, conversation: Conversation, max_new_tokens: int) -> tuple[int, ...]:
-        """What the model is given, up to where the assistant's turn begins.
+    def prompts(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[tuple[int, ...] | str]:
+        """What the model is given of each, up to where the assistant's turn begins; or why it cannot be asked.
 
-        Raises:
-          ValueError: "refused: ...", the chat format cannot write it; "too_long: ...", the context has no room for it and an
-            answer of `max_new_tokens`.
+        That begins with "refused: ", where the chat format does not write it, or "too_long: ", where the context has no room for
+        it and an answer of `max_new_tokens`.
         """
-        try:
-            ids = tuple(self.encoder.prompts([conversation])[0].tolist())
-        except ValueError as error:
-            raise ValueError(f"refused: {error}") from None
-        context = self.engine.context
-        if len(ids) + max_new_tokens > context:
-            raise ValueError(f"too_long: {len(ids)} tokens and an answer of {max_new_tokens}, in a context of {context}")
-        return ids
+        found: list[tuple[int, ...] | str] = []
+        for conversation, ids in zip(conversations, self.encoder.each_prompt(conversations), strict=True):
+            if isinstance(ids, ValueError):
+                found.append(f"refused: {conversation.name}: {ids}")
+            elif len(ids) + max_new_tokens > self.engine.context:
+                room = f"an answer of {max_new_tokens}, in a context of {self.engine.context}"
+                found.append(f"too_long: {conversation.name}: {len(ids)} tokens and {room}")
+            else:
+                found.append(tuple(ids.tolist()))
+        return found
 
     def request(self, prompt: tuple[int, ...], sampling: SamplingConfig, **options: Any) -> Request:
         """One that ends where the assistant's turn does. options: further fields of `Request`."""

@@ -114,7 +114,7 @@ def answer(
       ValueError: the chat format cannot write a question, or the context has no room for an answer.
     """
     pairs = [(question, temperature) for question in asked for temperature in temperatures]
-    prompts = {question.number: answerer.prompt(question.conversation, max_new_tokens) for question in asked}
+    prompts = dict(zip((question.number for question in asked), _prompts(answerer, asked, max_new_tokens), strict=True))
     requests = [
         answerer.request(
             prompts[question.number],
@@ -133,6 +133,14 @@ def answer(
         loops = told["ending"] == "inner_loop" or inner_loop(completion.tokens) is not None
         answers.append({**about, "right": None if correct is None else correct == 1, "inner_loop": loops, **told})
     return answers
+
+
+def _prompts(answerer: Answerer, asked: Sequence[Question], max_new_tokens: int) -> list[tuple[int, ...]]:
+    found = answerer.prompts([question.conversation for question in asked], max_new_tokens)
+    refused = next((reason for reason in found if isinstance(reason, str)), None)
+    if refused is not None:
+        raise ValueError(refused)
+    return found
 
 
 def measure(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -81,11 +81,17 @@ class ConversationEncoder:
         Raises:
           ValueError: the template refuses one.
         """
+        found = self.each_prompt(conversations)
+        for conversation, ids in zip(conversations, found, strict=True):
+            if isinstance(ids, ValueError):
+                raise ValueError(f"{conversation.name}: {ids}") from ids
+        return found
+
+    def each_prompt(self, conversations: Sequence[Conversation]) -> list[np.ndarray | ValueError]:
+        """As `prompts`, or why the template makes none of it; it is called once for all, which for Jinja is a process."""
         turns = render_prompts(conversations, self._template)
-        for conversation, found in zip(conversations, turns, strict=True):
-            if isinstance(found, ValueError):
-                raise ValueError(f"{conversation.name}: {found}") from found
-        return [ids for ids, _ in self._encode(turns)]
+        encoded = iter(self._encode([each for each in turns if not isinstance(each, ValueError)]))
+        return [each if isinstance(each, ValueError) else next(encoded)[0] for each in turns]
 
     def examples(self, conversations: Sequence[Conversation]) -> list[list[tuple[np.ndarray, np.ndarray]] | ValueError]:
         """The texts of each (see `render_turns`) as ids and which of them are trained; or why the template makes none of it.

@@ -150,9 +150,11 @@ def encode_preferences(
     while together := list(itertools.islice(iterator, _TOGETHER)):
         seen += len(together)
         encoded = encoder.examples([side for pair in together for side in (pair.chosen, pair.rejected)])
-        for number, pair in enumerate(together):
+        prompts = encoder.each_prompt([pair.prompt for pair in together])
+        for number, (pair, prompt) in enumerate(zip(together, prompts, strict=True)):
             try:
-                (prompt,) = encoder.prompts([pair.prompt])
+                if isinstance(prompt, ValueError):
+                    raise ValueError(f"{pair.prompt.name}: {prompt}") from prompt
                 both = [_answer(found, prompt, pair.name) for found in encoded[2 * number : 2 * number + 2]]
             except ValueError as error:
                 if quarantine is None:

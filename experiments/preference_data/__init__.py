@@ -168,18 +168,17 @@ class _Policy:
 
     def answer(self, prompts: Sequence[Prompt]) -> list[_Answered | str]:
         """The answers to each prompt; or why there are none."""
-        requests: list[list[Request] | str] = [self._requests(prompt) for prompt in prompts]
+        asked = self._answerer.prompts([prompt.conversation for prompt in prompts], self._config.max_new_tokens)
+        requests: list[list[Request] | str] = [
+            ids if isinstance(ids, str) else self._requests(prompt, ids) for prompt, ids in zip(prompts, asked, strict=True)
+        ]
         every = [request for each in requests if not isinstance(each, str) for request in each]
         found = iter(self._answerer.engine.run(every))
         told = lambda each: _Answered(each[0].prompt, [self._told(request, next(found)) for request in each])
         return [each if isinstance(each, str) else told(each) for each in requests]
 
-    def _requests(self, prompt: Prompt) -> list[Request] | str:
+    def _requests(self, prompt: Prompt, ids: tuple[int, ...]) -> list[Request]:
         config = self._config
-        try:
-            ids = self._answerer.prompt(prompt.conversation, config.max_new_tokens)
-        except ValueError as error:
-            return str(error)
         draw = SamplingConfig(temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.max_new_tokens)
         each = [
             dataclasses.replace(draw, seed=answer_seed(config.seed, prompt.number, rollout)) for rollout in range(config.samples)

@@ -56,12 +56,12 @@ class Maker:
         self, batch: int, round_number: int, slots: Sequence[int], difficulties: Mapping[str, int]
     ) -> list[dict[str, Any]]:
         """All answers to a prompt for each of the slots."""
+        first = ((batch - 1) * (1 + self._rollouts.extra_rounds) + round_number) * self._rollouts.prompts
+        seeds = [self._seed * _RUN + first + slot for slot in slots]
+        names = [pick(self._weights, seed) for seed in seeds]
+        wanted = [(name, seed, difficulties[name]) for name, seed in zip(names, seeds, strict=True)]
         records, groups = [], []
-        for slot in slots:
-            number = ((batch - 1) * (1 + self._rollouts.extra_rounds) + round_number) * self._rollouts.prompts + slot
-            seed = self._seed * _RUN + number
-            name = pick(self._weights, seed)
-            drawn = self._draw(name, seed, difficulties[name], "train", self._rollouts.answers)
+        for slot, name, drawn in zip(slots, names, self._draw(wanted, "train", self._rollouts.answers), strict=True):
             key = (self._seed, batch, round_number, slot)
             groups.append([
                 Episode(environment, drawn["problem"], drawn["prompt"], temperature, (*key, answer))
@@ -81,18 +81,30 @@ class Maker:
         told = episode.told() | {"log_probs": episode.log_probs, "kept": encoded_bits(episode.kept)}
         return told | rewards_of(self._rewards, told, episode.turns, self._rollouts.max_new_tokens)
 
-    def _draw(self, name: str, seed: int, difficulty: int, split: Split, count: int) -> dict[str, Any]:
-        """A problem whose prompt has room, its ids, and as many environments in which it is to be solved."""
+    def _draw(self, wanted: Sequence[tuple[str, int, int]], split: Split, count: int) -> list[dict[str, Any]]:
+        """For each (environment, seed, difficulty) a problem whose prompt has room, its ids, and as many environments in which it
+        is to be solved."""
+        found: dict[int, dict[str, Any]] = {}
         for attempt in range(_MOST_PROBLEMS):
-            at = seed + attempt * _NEXT
-            environments, problem = _begun(self._sources[name], at, difficulty, split, count)
-            asked = Conversation(problem.messages, problem.tools or (), f"{name}, difficulty {difficulty}, seed {at}")
-            try:
-                prompt = self._answerer.prompt(asked, self._rollouts.max_new_tokens)
-            except ValueError as error:
-                reason = error
-                continue
-            return {"environments": environments, "problem": problem, "prompt": prompt, "seed": at, "left_out": attempt}
+            begun = {
+                place: (seed + attempt * _NEXT, *_begun(self._sources[name], seed + attempt * _NEXT, difficulty, split, count))
+                for place, (name, seed, difficulty) in enumerate(wanted)
+                if place not in found
+            }
+            asked = [
+                Conversation(problem.messages, problem.tools or (), f"{wanted[place][0]}, seed {at}")
+                for place, (at, _, problem) in begun.items()
+            ]
+            prompts = self._answerer.prompts(asked, self._rollouts.max_new_tokens)
+            for (place, (at, environments, problem)), prompt in zip(begun.items(), prompts, strict=True):
+                if isinstance(prompt, str):
+                    (name, _, difficulty), reason = wanted[place], prompt
+                    continue
+                found[place] = {
+                    "environments": environments, "problem": problem, "prompt": prompt, "seed": at, "left_out": attempt,
+                }  # fmt: skip
+            if len(found) == len(wanted):
+                return [found[place] for place in range(len(wanted))]
         raise ConfigError(
             f"--config.rollouts: of {_MOST_PROBLEMS} problems of {name} at difficulty {difficulty} none can be asked: {reason}; "
             "raise seq_len, lower max_new_tokens, or take another difficulty"
@@ -100,9 +112,9 @@ class Maker:
 
     def held_out(self, wanted: Sequence[tuple[str, int, int, float]]) -> list[dict[str, Any]]:
         """The answers to held-out problems, each of (environment, number, difficulty, temperature): all together."""
+        drawn_ones = self._draw([(name, number, difficulty) for name, number, difficulty, _ in wanted], "held_out", 1)
         episodes = []
-        for name, number, difficulty, temperature in wanted:
-            drawn = self._draw(name, number, difficulty, "held_out", 1)
+        for (name, number, _, temperature), drawn in zip(wanted, drawn_ones, strict=True):
             key = (self._seed, "held_out", name, number)
             episodes.append(Episode(drawn["environments"][0], drawn["problem"], drawn["prompt"], temperature, key))
         play(episodes, self._answerer, self._rollouts)
@@ -111,8 +123,8 @@ class Maker:
     def probe(self, config: CurriculumConfig, name: str, difficulty: int, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Many answers, at temperature 1, to each of these fixed problems: `right` of `samples`, and a right conversation."""
         groups = []
-        for number in numbers:
-            drawn = self._draw(name, _PROBE + number, difficulty, "train", config.probe_samples)
+        wanted = [(name, _PROBE + number, difficulty) for number in numbers]
+        for number, drawn in zip(numbers, self._draw(wanted, "train", config.probe_samples), strict=True):
             key = (self._seed, "probe", name, difficulty, number)
             groups.append((drawn, [
                 Episode(environment, drawn["problem"], drawn["prompt"], 1.0, (*key, sample))
