@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import types
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -14,12 +13,13 @@ from data_pipelines import LoaderConfig
 from data_pipelines.tasks import Shop
 from data_pipelines.tasks.shop import solve
 from experiments import rl, sft
+from experiments.chains import run_stage
 from experiments.conversations import ConversationSources
-from experiments.results import FILE, read_results, write_json, write_results
+from experiments.results import FILE, write_results
 from experiments.rl.batches import COLD
 from experiments.rl.environments import Source, source_named
 from experiments.rl.records import FOLDER
-from lfm_jax.configuration import ConfigError, from_mapping, mistakes_in, to_mapping
+from lfm_jax.configuration import ConfigError, from_mapping, mistakes_in
 from lfm_jax.training import OptimizerConfig, TrainConfig
 
 _EXAMPLES = "examples"
@@ -62,8 +62,8 @@ def main(config: Config, workdir: epath.Path) -> None:
         ),
         loader=config.loader, optimizer=config.optimizer, train=config.train, compute=before.compute, mesh=before.mesh,
     )  # fmt: skip
-    learned = _run(sft, tuned, workdir / "sft")
-    after = _run(rl, _again(before, cold, str(workdir / "sft"), config.rl_steps), workdir / "rl")
+    learned = run_stage(sft, tuned, workdir / "sft")
+    after = run_stage(rl, _again(before, cold, str(workdir / "sft"), config.rl_steps), workdir / "rl")
     still = _cold(workdir / "rl")
     rows = [
         {"environment": name, "difficulty": about["difficulty"], "verdict": about["verdict"], "examples": counts[name],
@@ -109,17 +109,6 @@ def _again(before: rl.Config, cold: dict[str, Any], init_from: str, steps: int |
         environments=dataclasses.replace(before.environments, difficulties=difficulties),
         train=dataclasses.replace(before.train, steps=steps or before.train.steps),
     )
-
-
-def _run(stage: types.ModuleType, config: Any, workdir: epath.Path) -> dict[str, Any]:
-    """The figures of a stage, which is run where they are not there."""
-    if not (workdir / FILE).exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            name = stage.__name__.removeprefix("experiments.")
-            write_json(workdir / "config.json", {"experiment": name, **to_mapping(config)})
-        stage.main(config, workdir)
-    return read_results(workdir)
 
 
 def _file(workdir: epath.Path, name: str) -> epath.Path:

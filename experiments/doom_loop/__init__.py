@@ -15,8 +15,9 @@ from etils import epath
 from data_pipelines.processes import end_with_parent
 from data_pipelines.tasks.numbers_game import NumbersGame
 from experiments import dpo, measure_answers, preference_data, pretrain, rl, sft, task_data, tokenize_data
+from experiments.chains import run_stage
 from experiments.doom_loop.figures import claims_of, markdown, plot, pooled
-from experiments.doom_loop.steps import ABLATIONS, CHAIN, run_stage, run_step
+from experiments.doom_loop.steps import ABLATIONS, CHAIN, changed, run_step
 from experiments.results import write_results
 from lfm_jax.configuration import ConfigError, nearest
 
@@ -113,9 +114,9 @@ def _prepare(config: Config, workdir: epath.Path) -> None:
             for number in range(config.texts):
                 file.write(json.dumps({"text": game.rough_text(number, game.max_difficulty if hard(number) else 1)}) + "\n")
         part.replace(path)
-    run_stage(tokenize_data, config.text, {"data.source": str(path)}, workdir / "text")
+    run_stage(tokenize_data, changed(config.text, {"data.source": str(path)}), workdir / "text")
     (workdir / "text" / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
-    run_stage(task_data, config.conversations, {}, workdir / "conversations")
+    run_stage(task_data, config.conversations, workdir / "conversations")
 
 
 def run_chain(config: Config, workdir: epath.Path, seed: int, steps: tuple[Any, ...]) -> dict[str, dict[str, Any]]:

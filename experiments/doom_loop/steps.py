@@ -1,15 +1,12 @@
 """The steps of the experiment: which stage each is, what it starts from, and what it changes of the stage's settings."""
 
-import json
-import time
-import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from experiments import dpo, measure_answers, preference_data, pretrain, rl, sft
-from experiments.results import FILE, read_results, write_json
+from experiments.chains import run_stage, seconds_of
 from lfm_jax.configuration import from_mapping, to_mapping
 
 STAGES = {"pretrain": pretrain, "sft": sft, "preferences": preference_data, "dpo": dpo, "rl": rl}
@@ -67,29 +64,12 @@ def run_step(config: Any, workdir: epath.Path, seed: int, step: Step) -> dict[st
     """Runs a step of a seed, and measures the model that comes of it, where that has not been done: its seconds and rows."""
     folder = workdir / f"seed_{seed}"
     changes = dict(step.changes or {}) | _places(workdir, config, seed, step)
-    seconds = run_stage(STAGES[step.stage], getattr(config, step.stage), changes, folder / step.name)
+    run_stage(STAGES[step.stage], changed(getattr(config, step.stage), changes), folder / step.name)
     rows = []
     if step.measured:
-        run_stage(measure_answers, config.measure, {"init_from": str(folder / step.name)}, folder / f"{step.name}_measured")
-        rows = read_results(folder / f"{step.name}_measured")["rows"]
-    return {"seconds": seconds, "rows": rows}
-
-
-def run_stage(stage: types.ModuleType, settings: Any, changes: Mapping[str, Any], workdir: epath.Path) -> float | None:
-    """Runs `stage.main` unless its results are there, and returns the seconds of the run that ended, None where nobody noted it.
-
-    Raises:
-      ConfigError: a change that the stage's settings do not take.
-    """
-    clock = workdir / "seconds.json"
-    if not (workdir / FILE).exists():
-        config, begin = changed(settings, changes), time.monotonic()
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", {"experiment": stage.__name__.removeprefix("experiments."), **to_mapping(config)})
-        stage.main(config, workdir)
-        write_json(clock, {"seconds": time.monotonic() - begin})
-        print(f"{workdir.parent.name}/{workdir.name}: {time.monotonic() - begin:.0f} seconds", flush=True)
-    return json.loads(clock.read_text())["seconds"] if clock.exists() else None
+        measured = changed(config.measure, {"init_from": str(folder / step.name)})
+        rows = run_stage(measure_answers, measured, folder / f"{step.name}_measured")["rows"]
+    return {"seconds": seconds_of(folder / step.name), "rows": rows}
 
 
 def changed(settings: Any, changes: Mapping[str, Any]) -> Any:
