@@ -8,6 +8,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -49,3 +50,13 @@ def published_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no published data in {folder}: set LFM_JAX_DATA to the folder that has it")
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick_programs() -> Iterator[None]:
+    """For a file whose time goes into compiling programs that run once: XLA leaves most of its optimisations out."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
