@@ -27,10 +27,10 @@ from data_pipelines.conversations import (
     read_preferences,
 )
 from data_pipelines.loading.rows import Place
+from experiments.accounting import run_accounted
 from experiments.conversations import ConversationSources, find_template
 from experiments.export import ExportConfig
 from experiments.fine_tuning import Measure, begin, fine_tune
-from experiments.results import write_results
 from experiments.stages import TOKENIZER, Stage
 from lfm_jax.configuration import mistakes_in, to_mapping
 from lfm_jax.models import ComputeConfig
@@ -51,7 +51,7 @@ from lfm_jax.training import (
     read_metrics,
 )
 from lfm_jax.training.fingerprint import fingerprints
-from lfm_jax.training.goodput import Ledger, process_age, summary, table
+from lfm_jax.training.goodput import Ledger
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,10 +103,7 @@ class Pairs(NamedTuple):
 
 def main(config: Config, workdir: epath.Path) -> None:
     """Encodes the pairs, computes the reference, trains, measures what is held out, exports, and writes every figure."""
-    with Ledger(workdir, writes=jax.process_index() == 0, age=process_age()) as ledger:
-        figures = _run(config, workdir, ledger)
-    print(summary(ledger.seconds()))
-    write_results(workdir, {**figures, "goodput": table(ledger.seconds())}, config)
+    run_accounted(config, workdir, lambda ledger: _run(config, workdir, ledger))
 
 
 def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from data_pipelines.conversations.reading import split_fraction
 from data_pipelines.loading.loader import evaluation_batches_of, training_batches_of
 from data_pipelines.loading.rows import Batch, Place
 from data_pipelines.sources.text_files import find_text_files
+from experiments.accounting import run_accounted
 from experiments.export import ExportConfig
 from experiments.fine_tuning import Measure, begin, fine_tune
 from experiments.preference_data.files import read_lines
-from experiments.results import write_results
 from experiments.stages import Stage
 from lfm_jax.configuration import ConfigError, mistakes_in, to_mapping
 from lfm_jax.generation import MOST_TOP_LOG_PROBS
@@ -45,7 +45,7 @@ from lfm_jax.training import (
     read_metrics,
 )
 from lfm_jax.training.fingerprint import fingerprints
-from lfm_jax.training.goodput import Ledger, process_age, summary, table
+from lfm_jax.training.goodput import Ledger
 
 # Room for chosen tokens: a power of two, which divides over devices as sequences do.
 _CHOICES = 1 << (MOST_TOP_LOG_PROBS - 1).bit_length()
@@ -157,10 +157,7 @@ class Prepared(NamedTuple):
 
 def main(config: Config, workdir: epath.Path) -> None:
     """Reads the pairs, computes the reference, trains, measures what is held out, exports, and writes every figure."""
-    with Ledger(workdir, writes=jax.process_index() == 0, age=process_age()) as ledger:
-        figures = _run(config, workdir, ledger)
-    print(summary(ledger.seconds()))
-    write_results(workdir, {**figures, "goodput": table(ledger.seconds())}, config)
+    run_accounted(config, workdir, lambda ledger: _run(config, workdir, ledger))
 
 
 def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -19,10 +18,10 @@ from data_pipelines import (
     ngram_bits_per_byte,
     training_batches,
 )
+from experiments.accounting import run_accounted
 from experiments.export import ExportConfig, export_and_check
 from experiments.held_out import HeldOut
 from experiments.prepared_data import PreparedText, prepare_rows, prepare_split, prepare_tokenizer, read_tokenized
-from experiments.results import write_results
 from experiments.stages import (
     TOKENIZER,
     Stage,
@@ -50,7 +49,7 @@ from lfm_jax.training import (
     read_metrics,
     train,
 )
-from lfm_jax.training.goodput import Ledger, process_age, summary, table
+from lfm_jax.training.goodput import Ledger
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,10 +95,7 @@ class Config:
 
 def main(config: Config, workdir: epath.Path) -> None:
     """Prepares the text, trains, measures on the held-out split, samples, exports, and writes every figure."""
-    with Ledger(workdir, writes=jax.process_index() == 0, age=process_age()) as ledger:
-        figures = _run(config, workdir, ledger)
-    print(summary(ledger.seconds()))
-    write_results(workdir, {**figures, "goodput": table(ledger.seconds())}, config)
+    run_accounted(config, workdir, lambda ledger: _run(config, workdir, ledger))
 
 
 def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:

@@ -5,16 +5,15 @@ import itertools
 import statistics
 from typing import Any
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
 from data_pipelines import LoaderConfig
 from data_pipelines.conversations import Examples, PackedConversations, conversation_batches, conversation_evaluation_batches
+from experiments.accounting import run_accounted
 from experiments.conversations import ConversationSources, PreparedConversations, prepare_conversations, source_figures
 from experiments.export import ExportConfig
 from experiments.fine_tuning import Measure, begin, fine_tune
-from experiments.results import write_results
 from experiments.stages import Stage
 from lfm_jax.configuration import mistakes_in
 from lfm_jax.models import ComputeConfig
@@ -33,7 +32,7 @@ from lfm_jax.training import (
     next_token_objective,
     read_metrics,
 )
-from lfm_jax.training.goodput import Ledger, process_age, summary, table
+from lfm_jax.training.goodput import Ledger
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,10 +66,7 @@ class Config:
 
 def main(config: Config, workdir: epath.Path) -> None:
     """Encodes the conversations, trains, measures what is held out of each source, exports, and writes every figure."""
-    with Ledger(workdir, writes=jax.process_index() == 0, age=process_age()) as ledger:
-        figures = _run(config, workdir, ledger)
-    print(summary(ledger.seconds()))
-    write_results(workdir, {**figures, "goodput": table(ledger.seconds())}, config)
+    run_accounted(config, workdir, lambda ledger: _run(config, workdir, ledger))
 
 
 def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:

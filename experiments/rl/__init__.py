@@ -10,9 +10,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from data_pipelines import TokenizerConfig
+from experiments.accounting import run_accounted
 from experiments.export import ExportConfig, export_and_check
 from experiments.prepared_data import prepare_tokenizer
-from experiments.results import write_results
 from experiments.rl.batches import RolloutBatches, Trainer
 from experiments.rl.curriculum import Curriculum
 from experiments.rl.environments import Source, source_named
@@ -49,7 +49,7 @@ from lfm_jax.training import (
     read_metrics,
     train,
 )
-from lfm_jax.training.goodput import Ledger, process_age, summary, table
+from lfm_jax.training.goodput import Ledger
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,15 +107,16 @@ class _Parts:
 
 def main(config: Config, workdir: epath.Path) -> None:
     """Trains on rollouts, measures what is held out before, on the way and at the end, exports, and writes every figure."""
-    with Ledger(workdir, writes=jax.process_index() == 0, age=process_age()) as ledger:
-        with ledger.kind("preparation"):
-            parts = _prepare(config, workdir)
-        try:
-            figures = _run(config, workdir, ledger, parts)
-        finally:
-            parts.batches.close()
-    print(summary(ledger.seconds()))
-    write_results(workdir, {**figures, "goodput": table(ledger.seconds())}, config)
+    run_accounted(config, workdir, lambda ledger: _prepare_and_run(config, workdir, ledger))
+
+
+def _prepare_and_run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:
+    with ledger.kind("preparation"):
+        parts = _prepare(config, workdir)
+    try:
+        return _run(config, workdir, ledger, parts)
+    finally:
+        parts.batches.close()
 
 
 def _prepare(config: Config, workdir: epath.Path) -> _Parts:
