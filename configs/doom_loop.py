@@ -101,7 +101,7 @@ def _whole() -> dict[str, Any]:
             },
             "rewards": {"ngram": 20, "ngram_penalty": -0.5, "loop_penalty": -0.5},
             "engine": {**_ENGINE, "context": None, "prefix_bytes": 0}, "evaluation": {"problems": 64, "temperatures": (0.0,)},
-            "train": _train(100),
+            "train": _train(100, accumulation=1),
         }),
         "measure": _without_name(measure_answers(), {
             "init_from": _LATER, "tasks": (_TASK,), "difficulties": (_HARD,), "problems": 256, **answers,

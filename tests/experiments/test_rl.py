@@ -110,7 +110,7 @@ EVERYTHING = {
     "policy.kl_weight": 0.01, "rewards.ngram_token_penalty": -0.05, "rewards.ngram": 2, "evaluation.problems": 64,
     "evaluation.temperatures": "1.0", "engine.prefill_rows": 1, "engine.steps": 8, "optimizer.learning_rate": 0.01,
     "optimizer.schedule.warmup_steps": 0, "optimizer.schedule.decay_share": 0.0, "train.steps": 11, "train.evaluate_every": 11,
-    "train.checkpoint_every": 3, "export.check_tokens": 0,
+    "train.accumulation": 1, "train.checkpoint_every": 3, "export.check_tokens": 0,
 }  # fmt: skip
 
 
