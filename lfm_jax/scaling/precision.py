@@ -96,5 +96,5 @@ def fit_degradation(points: Points, starts: Sequence[Degradation] | None = None)
 
 
 def training_flops(params, tokens, bits):
-    """C = (6 / 16) N D P: FLOPs of 16 bits that take as long, where timegoes with the bits."""
+    """C = (6 / 16) N D P: FLOPs of 16 bits that take as long, where time goes with the bits."""
     return FLOPS_PER_PARAMETER_AND_TOKEN / FULL_BITS * params * tokens * bits
