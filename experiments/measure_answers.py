@@ -16,7 +16,7 @@ from experiments.answering import Answerer
 from experiments.preference_data import answer_seed
 from experiments.results import write_results
 from experiments.stages import load_stage
-from lfm_jax.configuration import mistakes_in
+from lfm_jax.configuration import ConfigError, mistakes_in
 from lfm_jax.generation import EngineConfig, SamplingConfig
 from lfm_jax.generation.loops import inner_loop
 from lfm_jax.models import ComputeConfig
@@ -111,7 +111,7 @@ def answer(
     An answer's draws follow from the seed, the question's number and the temperature alone.
 
     Raises:
-      ValueError: the chat format cannot write a question, or the context has no room for an answer.
+      ConfigError: the chat format cannot write a question, or the context has no room for an answer.
     """
     pairs = [(question, temperature) for question in asked for temperature in temperatures]
     prompts = dict(zip((question.number for question in asked), _prompts(answerer, asked, max_new_tokens), strict=True))
@@ -139,7 +139,7 @@ def _prompts(answerer: Answerer, asked: Sequence[Question], max_new_tokens: int)
     found = answerer.prompts([question.conversation for question in asked], max_new_tokens)
     refused = next((reason for reason in found if isinstance(reason, str)), None)
     if refused is not None:
-        raise ValueError(refused)
+        raise ConfigError(f"--config.tasks or max_new_tokens: {refused}")
     return found
 
 

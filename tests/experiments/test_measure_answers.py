@@ -1,6 +1,7 @@
 """Intervals against SciPy's, figures against answers counted by hand, and a whole measurement of a tiny model."""
 
 import json
+import types
 
 import jax
 import pytest
@@ -11,6 +12,7 @@ from data_pipelines import Document, TokenizerConfig, train_tokenizer
 from data_pipelines.tasks import task_named
 from experiments import measure_answers
 from experiments.measure_answers import Config, markdown, measure, wilson
+from lfm_jax.generation import Completion
 from lfm_jax.interop import export_folder
 from lfm_jax.models import Decoder, ModelConfig, functional
 
@@ -57,6 +59,21 @@ def test_figures_are_those_counted_by_hand():
     assert " – | 10 | – | 0.10 |" in table[4]
 
 
+def test_what_is_right_is_what_the_task_holds_for_right():
+    """Of a model that solves every second problem."""
+    asked = measure_answers.questions(("numbers_game",), 4, (2,), "held_out", 0)
+    solved = [task_named("numbers_game").sample(seed, 2, "held_out").solution for seed in range(4)]
+    texts = [text if number % 2 == 0 else text.replace("yes", "low") for number, text in enumerate(solved)]
+    answerer = types.SimpleNamespace(
+        prompts=lambda conversations, most: [(1,)] * len(conversations),
+        request=lambda prompt, sampling: prompt,
+        engine=types.SimpleNamespace(run=lambda requests: [Completion([place], [], [], "", "stop") for place in range(4)]),
+        told=lambda completion: {"text": texts[completion.tokens[0]], "ending": "ended"},
+    )
+    found = measure_answers.answer(answerer, asked, (0.0,), 8, 0)
+    assert [each["right"] for each in found] == [True, False, True, False]
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("measure")
@@ -99,7 +116,7 @@ def test_a_measurement_of_a_model(model, tmp_path):
         ({"temperatures": (-1.0,)}, "temperature must not be negative, got -1.0"),
         ({"tasks": ("numbers_gme",)}, "--config.tasks or difficulties: no task is named 'numbers_gme'; did you mean"),
         ({"difficulties": (7,)}, "numbers_game has difficulties 1 to 2, got 7"),
-        ({"max_new_tokens": 200}, "too_long: .* in a context of 128"),
+        ({"max_new_tokens": 200}, "--config.tasks or max_new_tokens: too_long: .* in a context of 128"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(model, tmp_path, change, message):
