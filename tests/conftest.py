@@ -7,6 +7,7 @@ that are no errors are listed in setup.cfg with the reason.
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,14 @@ def published_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no published data in {folder}: set LFM_JAX_DATA to the folder that has it")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file() -> Iterator[None]:
+    """A file's compiled programs go when it is done: kept, they crash a process that maps more regions than Linux allows."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="module")

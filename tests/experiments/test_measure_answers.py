@@ -60,18 +60,21 @@ def test_figures_are_those_counted_by_hand():
 
 
 def test_what_is_right_is_what_the_task_holds_for_right():
-    """Of a model that solves every second problem."""
+    """Of a model that solves every second problem; one answer was stopped for looping, another looped and went on."""
     asked = measure_answers.questions(("numbers_game",), 4, (2,), "held_out", 0)
     solved = [task_named("numbers_game").sample(seed, 2, "held_out").solution for seed in range(4)]
     texts = [text if number % 2 == 0 else text.replace("yes", "low") for number, text in enumerate(solved)]
+    drawn = [[0], [1], [2, *[9] * 64, *range(40)], [3]]
+    endings = ["ended", "inner_loop", "ended", "ended"]
     answerer = types.SimpleNamespace(
         prompts=lambda conversations, most: [(1,)] * len(conversations),
         request=lambda prompt, sampling: prompt,
-        engine=types.SimpleNamespace(run=lambda requests: [Completion([place], [], [], "", "stop") for place in range(4)]),
-        told=lambda completion: {"text": texts[completion.tokens[0]], "ending": "ended"},
+        engine=types.SimpleNamespace(run=lambda requests: [Completion(tokens, [], [], "", "stop") for tokens in drawn]),
+        told=lambda completion: {"text": texts[completion.tokens[0]], "ending": endings[completion.tokens[0]]},
     )
     found = measure_answers.answer(answerer, asked, (0.0,), 8, 0)
     assert [each["right"] for each in found] == [True, False, True, False]
+    assert [each["inner_loop"] for each in found] == [False, True, True, False]
 
 
 @pytest.fixture(scope="module")
