@@ -13,9 +13,13 @@ loop are worth less. One step behind, with truncated importance sampling:
         --config.environments.names=arithmetic --config.environments.adaptive=True --config.rollouts.lag=1 \
         --config.policy.importance_cap=2
 
-Gives in `metrics.jsonl` the loss, the gap between sampler and trainer, what is clipped, rewards by part, lengths, loops and
-groups without variance, of each environment and temperature; in rollouts/ all answers with what they were worth; and of held-out
-problems, before, on the way and after, accuracy and loops, with a picture. What nobody ever solves is told in `cold.json`: see
+With --config.replay_routing=True the tokens of a mixture of experts are learnt from by the experts that they were drawn by; with
+--config.low_rank.rank=16 adapters are trained instead of the model.
+
+Gives in `metrics.jsonl` the loss; the gap between sampler and trainer, the entropy, what is clipped and, of a mixture of experts,
+the share of routing that is equal in both, of each environment as well; rewards by part, lengths, loops and groups without
+variance, of each environment and temperature; in rollouts/ all answers with what they were worth; and of held-out problems,
+before, on the way and after, accuracy and loops, with a picture. What nobody ever solves is told in `cold.json`: see
 configs/cold_start.py. As it stands this is for small models on a CPU, seconds to minutes a step; on a pod slice give the mesh of
 configs/pretrain.py, a learning rate of 1e-6, and more prompts.
 """

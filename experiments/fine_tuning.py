@@ -46,23 +46,40 @@ def begin(config: Any, workdir: epath.Path) -> Beginning:
       ConfigError: the model cannot be read, or the mesh does not fit it, the devices or the batches; or low_rank does not fit
         the model, the optimizer or what is in the workdir.
     """
-    if config.low_rank is not None and config.optimizer.matrices == "muon":
-        raise ConfigError(
-            "--config.low_rank: muon is for the update of a whole matrix, and knows none for two factors of one; take "
-            "optimizer.matrices='adamw'"
-        )
+    check_low_rank(config)
     for batch_size, _ in config.loader.shapes():
         mesh = mesh_for(config.mesh, batch_size, config.train.accumulation)
     stage = load_stage(config.init_from, config.compute, mesh)
     with mistakes_in("mesh"):
         check_mesh(stage.functions, mesh)
     tokenizer = prepare_tokenizer(workdir, None, TokenizerConfig(), str(stage.tokenizer_path))
+    stage = with_low_rank(config, workdir, stage, mesh)
+    return Beginning(mesh, stage._replace(tokenizer_path=workdir / TOKENIZER), tokenizer)
+
+
+def check_low_rank(config: Any) -> None:
+    """Raises ConfigError if adapters cannot be trained by the optimizer. config: with low_rank and optimizer."""
+    if config.low_rank is not None and config.optimizer.matrices == "muon":
+        raise ConfigError(
+            "--config.low_rank: muon is for the update of a whole matrix, and knows none for two factors of one; take "
+            "optimizer.matrices='adamw'"
+        )
+
+
+def with_low_rank(config: Any, workdir: epath.Path, stage: Stage, mesh: Mesh) -> Stage:
+    """The stage with the adapters that it is to be trained by, if there are any; the workdir says what its checkpoints are of.
+
+    Args:
+      config: with low_rank and train.
+    Raises:
+      ConfigError: low_rank does not fit the model, or what is in the workdir.
+    """
     write_low_rank(workdir, config.low_rank)
     write_model_config(workdir, stage.config)
-    if config.low_rank is not None:
-        with mistakes_in("low_rank"):
-            stage = adapted(stage, config.low_rank, mesh, config.train.seed)
-    return Beginning(mesh, stage._replace(tokenizer_path=workdir / TOKENIZER), tokenizer)
+    if config.low_rank is None:
+        return stage
+    with mistakes_in("low_rank"):
+        return adapted(stage, config.low_rank, mesh, config.train.seed)
 
 
 def fine_tune(

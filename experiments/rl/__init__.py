@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from data_pipelines import TokenizerConfig
 from experiments.accounting import run_accounted
 from experiments.export import ExportConfig, export_and_check
+from experiments.fine_tuning import check_low_rank, with_low_rank
 from experiments.prepared_data import prepare_tokenizer
 from experiments.rl.batches import RolloutBatches, Trainer
 from experiments.rl.curriculum import Curriculum
@@ -28,11 +29,12 @@ from experiments.rl.settings import (
     RewardsConfig,
     RolloutsConfig,
 )
-from experiments.stages import TOKENIZER, Stage, load_stage, mesh_for, write_model_config
+from experiments.stages import TOKENIZER, Stage, load_stage, merged, mesh_for
 from lfm_jax.configuration import mistakes_in, to_mapping
 from lfm_jax.generation import EngineConfig
 from lfm_jax.models import ComputeConfig
 from lfm_jax.models.functional import Tree
+from lfm_jax.models.low_rank import LowRankConfig
 from lfm_jax.sharding import MeshConfig
 from lfm_jax.training import (
     OptimizerConfig,
@@ -57,8 +59,11 @@ class Config:
     """A run of reinforcement learning.
 
     init_from: a workdir or a Hugging Face folder, whose model is trained on, and is the reference of policy.kl_weight.
+    low_rank: adapters that are trained instead of the model; None: the model is.
     environments, curriculum: what is practised, and when it gets harder. rollouts: the answers. rewards, advantages: what they
     are worth. policy: the loss. block: tokens whose logits exist at one time, on each device.
+    replay_routing: of a mixture of experts, tokens go to the experts that they went to when they were drawn, whatever the router
+      chooses when they are learnt from. The reference of policy.kl_weight is computed as it is.
     train: its steps are updates; rollouts.updates of them learn from a batch of rollouts.
     engine: that answers, with the rows' seq_len as its context; its prefix_bytes are for episodes of several turns.
     evaluation: of held-out problems.
@@ -73,8 +78,10 @@ class Config:
     advantages: AdvantagesConfig = AdvantagesConfig()
     policy: PolicyGradientConfig = PolicyGradientConfig()
     block: int = 2048
+    replay_routing: bool = False
     engine: EngineConfig = EngineConfig(prefix_bytes=1 << 28)
     evaluation: EvaluationConfig = EvaluationConfig()
+    low_rank: LowRankConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     compute: ComputeConfig = ComputeConfig()
@@ -86,6 +93,8 @@ class Config:
             raise ValueError(f"block must be at least 1 token, got {self.block}")
         if self.engine.context is not None:
             raise ValueError(f"engine.context is rollouts.seq_len here, {self.rollouts.seq_len}; leave it out")
+        if self.engine.tell_routing:
+            raise ValueError("engine.tell_routing is set by the model here: every mixture of experts is asked; leave it out")
         if self.rollouts.lag and self.policy.importance_cap is None:
             raise ValueError(
                 "rollouts.lag is 1, so that answers are drawn by an older policy; set policy.importance_cap, about 2, which "
@@ -103,6 +112,7 @@ class _Parts:
     sampler: Sampler
     batches: RolloutBatches
     held_out: HeldOutProblems
+    environments: tuple[str, ...]
 
 
 def main(config: Config, workdir: epath.Path) -> None:
@@ -120,6 +130,7 @@ def _prepare_and_run(config: Config, workdir: epath.Path, ledger: Ledger) -> dic
 
 
 def _prepare(config: Config, workdir: epath.Path) -> _Parts:
+    check_low_rank(config)
     rollouts, chosen, seed = config.rollouts, config.environments, config.train.seed
     sources = _sources(config)
     starts = dict(zip(sources, chosen.difficulties or (1,) * len(sources), strict=True))
@@ -129,27 +140,33 @@ def _prepare(config: Config, workdir: epath.Path) -> _Parts:
         check_mesh(stage.functions, mesh)
         _check_hosts(rollouts, mesh)
     prepare_tokenizer(workdir, None, TokenizerConfig(), str(stage.tokenizer_path))
-    write_model_config(workdir, stage.config)
-    stage = stage._replace(tokenizer_path=workdir / TOKENIZER)
+    stage = with_low_rank(config, workdir, stage, mesh)._replace(tokenizer_path=workdir / TOKENIZER)
     with mistakes_in("rollouts.seq_len"):
         _check_context(rollouts, stage)
     several_turns = any(source.task is None for source in sources.values())
     settings = dataclasses.replace(
-        config.engine, context=rollouts.seq_len, prefix_bytes=config.engine.prefix_bytes if several_turns else 0
-    )
+        config.engine, context=rollouts.seq_len, prefix_bytes=config.engine.prefix_bytes if several_turns else 0,
+        tell_routing=stage.config.routing_shape is not None,
+    )  # fmt: skip
+    with mistakes_in("replay_routing"):
+        if config.replay_routing and not settings.tell_routing:
+            raise ValueError(f"{config.init_from} is no mixture of experts: there is no routing to replay; leave it out")
     with mistakes_in("rollouts"):
         sampler = Sampler(rollouts, settings, stage, config.init_from, config.compute, mesh)
     weights = dict(zip(sources, chosen.weights or (1.0,) * len(sources), strict=True))
     maker = Maker(sampler.answerer, sources, weights, rollouts, config.rewards, seed)
     adaptive = dict(zip(sources, chosen.adaptive or (False,) * len(sources), strict=True))
     most = {name: source.max_difficulty for name, source in sources.items()}
+    environments = tuple(sources) if len(sources) > 1 else ()  # one alone has the figures of all
     trainer = Trainer(
         mesh=mesh,
         log_probs=make_policy_log_probs_step(stage.functions, mesh, block=config.block, known=stage.config.tokenizer_vocab_size),
         needs_old=config.policy.importance_cap is not None,
         # The loop takes the arrays over that it begins with.
         reference=jax.tree.map(jnp.copy, (stage.params, stage.buffers)) if config.policy.kl_weight else None,
-        vocab_size=stage.config.vocab_size,
+        model=stage.config,
+        replay_routing=config.replay_routing,
+        environments=environments,
     )
     batches = RolloutBatches(
         workdir, maker, sampler, Curriculum(config.curriculum, most, starts, adaptive), trainer,
@@ -158,7 +175,7 @@ def _prepare(config: Config, workdir: epath.Path) -> _Parts:
     )  # fmt: skip
     temperatures = rollouts.each_temperature
     held_out = HeldOutProblems(config.evaluation, maker, sampler, starts, temperatures, mesh)
-    return _Parts(mesh=mesh, stage=stage, sampler=sampler, batches=batches, held_out=held_out)
+    return _Parts(mesh=mesh, stage=stage, sampler=sampler, batches=batches, held_out=held_out, environments=environments)
 
 
 def _sources(config: Config) -> dict[str, Source]:
@@ -203,7 +220,10 @@ def _run(config: Config, workdir: epath.Path, ledger: Ledger, parts: _Parts) -> 
         config.train,
         functions=stage.functions,
         optimizer=make_optimizer(config.optimizer, config.train.steps),
-        objective=policy_objective(config.policy, block=config.block, known=stage.config.tokenizer_vocab_size),
+        objective=policy_objective(
+            config.policy, block=config.block, known=stage.config.tokenizer_vocab_size, replay_routing=config.replay_routing,
+            environments=parts.environments,
+        ),
         batches=batches,
         mesh=parts.mesh,
         workdir=workdir,
@@ -223,7 +243,7 @@ def _figures(
         figures: dict[str, Any] = parts.held_out.measure(stage.params, stage.buffers)
     figures |= {f"{name}_before": value for name, value in at_first.items()}
     if config.export is not None:
-        figures |= export_and_check(config.export, stage, workdir)
+        figures |= export_and_check(config.export, merged(stage, parts.mesh), workdir)
     metrics = read_metrics(workdir)
     if jax.process_index() == 0:
         plot(metrics, at_first, workdir / "rl.png")

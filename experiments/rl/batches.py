@@ -18,6 +18,7 @@ from experiments.rl.records import Files, arrays, longest, with_log_probs
 from experiments.rl.rewards import advantages_of, counts, token_advantages
 from experiments.rl.sampler import Sampler, everywhere
 from experiments.rl.settings import AdvantagesConfig, CurriculumConfig, RewardsConfig, RolloutsConfig
+from lfm_jax.models import ModelConfig
 from lfm_jax.models.functional import Tree
 from lfm_jax.sharding import shard_count
 from lfm_jax.sharding.context import CHUNKS
@@ -32,14 +33,18 @@ class Trainer:
     """What batches need of the trainer.
 
     log_probs: see `make_policy_log_probs_step`. needs_old: whether the loss weighs by the trainer's own log-probabilities.
-    reference: (params, buffers) not to be left; None: there is no such term. vocab_size: rows of the vocabulary.
+    reference: (params, buffers) not to be left; None: there is no such term. model: its configuration.
+    replay_routing: whether the trainer's own log-probabilities, and not the reference's, are those of the sampler's experts.
+    environments: whose figures are told apart.
     """
 
     mesh: Mesh
     log_probs: LogProbsStep
     needs_old: bool
     reference: tuple[Tree, Tree] | None
-    vocab_size: int
+    model: ModelConfig
+    replay_routing: bool
+    environments: tuple[str, ...]
 
 
 class _Made(NamedTuple):
@@ -225,8 +230,10 @@ class RolloutBatches:
         return min(each for each in lengths if each >= length)
 
     def _arrays(self, records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-        words = -(-self._trainer.vocab_size // 32) if self._rollouts.filtered else None
-        return arrays(records, records[0]["seq"], words)
+        model = self._trainer.model
+        words = -(-model.vocab_size // 32) if self._rollouts.filtered else None
+        seq, environments = records[0]["seq"], self._trainer.environments
+        return arrays(records, seq, words, routing=model.routing_shape, environments=environments)
 
     def _picked(self, epoch: int, mini_batch: int) -> list[dict[str, Any]]:
         """This host's records of an update."""
@@ -244,8 +251,10 @@ class RolloutBatches:
         for name, model in wanted.items():
             for mini_batch in range(self._rollouts.mini_batches):  # of the shapes of an update
                 some = self._picked(0, mini_batch)
-                batch = place_batch(self._arrays(some), self._trainer.mesh)
-                rows = np.asarray(self._trainer.log_probs(*model, batch))
+                batch = self._arrays(some)
+                if model is self._trainer.reference or not self._trainer.replay_routing:
+                    batch.pop("routing", None)
+                rows = np.asarray(self._trainer.log_probs(*model, place_batch(batch, self._trainer.mesh)))
                 mine = len(rows) // self._part[1]
                 with_log_probs(some, name, rows[self._part[0] * mine :][:mine])
         self._files.write(self._batch, self._now.records)

@@ -31,6 +31,7 @@ class Episode:
     Attributes:
       token_ids: all behind the prompt, those of tools and of turns' beginnings as well; drawn: whether the policy drew each.
       log_probs, kept: of the drawn ones, see `Completion.drawn_log_probs` and `.kept`.
+      routing: of the prompt and of all but the last, as they were first read, see `Completion.routing`; None if it is not told.
       messages: what was said, by both sides. truncated: it was cut off by a limit. over: nothing follows.
     """
 
@@ -43,6 +44,7 @@ class Episode:
         self.drawn: list[bool] = []
         self.log_probs: list[float] = []
         self.kept: list[np.ndarray] = []
+        self.routing: np.ndarray | None = None
         self.messages: list[dict[str, Any]] = []
         self.finish_reason = ""
         self.truncated = self.over = False
@@ -67,6 +69,9 @@ class Episode:
         self.drawn += [True] * len(completion.tokens)
         self.log_probs += completion.drawn_log_probs
         self.kept += [] if completion.kept is None else list(completion.kept)
+        if completion.routing is not None:
+            read = [] if self.routing is None else [self.routing]
+            self.routing = np.concatenate([*read, completion.routing[sum(map(len, read)) :]])
         self.finish_reason = completion.finish_reason
         text = answerer.text(completion.tokens)
         self.messages.append({"role": "assistant", "content": text})

@@ -10,7 +10,7 @@ from experiments.answering import Answerer
 from experiments.rl.curriculum import pass_at_k
 from experiments.rl.environments import Source
 from experiments.rl.episodes import Episode, play
-from experiments.rl.records import encoded_bits
+from experiments.rl.records import encoded_bits, encoded_routing
 from experiments.rl.rewards import rewards_of, varied
 from experiments.rl.settings import CurriculumConfig, RewardsConfig, RolloutsConfig
 from lfm_jax.configuration import ConfigError
@@ -78,7 +78,9 @@ class Maker:
         return [record | {"answers": [self._told(each) for each in group]} for record, group in zip(records, groups, strict=True)]
 
     def _told(self, episode: Episode) -> dict[str, Any]:
-        told = episode.told() | {"log_probs": episode.log_probs, "kept": encoded_bits(episode.kept)}
+        told = episode.told() | {
+            "log_probs": episode.log_probs, "kept": encoded_bits(episode.kept), "routing": encoded_routing(episode.routing),
+        }  # fmt: skip
         return told | rewards_of(self._rewards, told, episode.turns, self._rollouts.max_new_tokens)
 
     def _draw(self, wanted: Sequence[tuple[str, int, int]], split: Split, count: int) -> list[dict[str, Any]]:

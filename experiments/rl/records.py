@@ -26,6 +26,16 @@ def decoded_bits(text: str, tokens: int) -> np.ndarray:
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4").reshape(tokens, -1)
 
 
+def encoded_routing(routing: np.ndarray | None) -> str | None:
+    """Experts, [tokens, moe layers, top_k], as text; None of none."""
+    return None if routing is None else base64.b64encode(zlib.compress(routing.astype("<i2").tobytes())).decode()
+
+
+def decoded_routing(text: str, shape: tuple[int, int]) -> np.ndarray:
+    """[tokens, *shape] int16."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i2").reshape(-1, *shape)
+
+
 class Files:
     """The batches in a workdir's folder rollouts/: a file for each, NNNNNN.jsonl, a prompt a line; of several hosts each its own.
 
@@ -77,11 +87,19 @@ def longest(records: Sequence[dict[str, Any]]) -> int:
     return max(len(record["prompt_ids"]) + len(answer["token_ids"]) for record in records for answer in record["answers"]) - 1
 
 
-def arrays(records: Sequence[dict[str, Any]], seq: int, words: int | None) -> dict[str, np.ndarray]:
+def arrays(
+    records: Sequence[dict[str, Any]],
+    seq: int,
+    words: int | None,
+    *,
+    routing: tuple[int, int] | None = None,
+    environments: Sequence[str] = (),
+) -> dict[str, np.ndarray]:
     """The batch of `policy_objective`: an answer in each row, those to a prompt beside each other.
 
     Args:
-      seq: positions of a row. words: of `kept`, which is there if they are given.
+      seq: positions of a row. words: of `kept`, which is there if they are given. routing: (moe layers, top_k) of `routing`, the
+        same. environments: names; without them there is no `environment`.
     """
     answers = [(record["prompt_ids"], answer) for record in records for answer in record["answers"]]
     rows = len(answers)
@@ -91,6 +109,11 @@ def arrays(records: Sequence[dict[str, Any]], seq: int, words: int | None) -> di
     batch["temperature"] = np.array([answer["temperature"] for _, answer in answers], np.float32)
     if words is not None:
         batch["kept"] = np.zeros((rows, seq, words), np.uint32)
+    if routing is not None:
+        batch["routing"] = np.full((rows, seq, *routing), -1, np.int16)
+    if environments:
+        of_each = [environments.index(record["environment"]) for record in records for _ in record["answers"]]
+        batch["environment"] = np.array(of_each, np.int32)
     for row, (prompt, answer) in enumerate(answers):
         ids = np.array(prompt + answer["token_ids"], np.int32)
         length = len(ids) - 1
@@ -104,6 +127,8 @@ def arrays(records: Sequence[dict[str, Any]], seq: int, words: int | None) -> di
             batch[name][row, places] = answer[key]
         if words is not None and answer["kept"] is not None:
             batch["kept"][row, places] = decoded_bits(answer["kept"], len(places))
+        if routing is not None:
+            batch["routing"][row, :length] = decoded_routing(answer["routing"], routing)
     return batch
 
 

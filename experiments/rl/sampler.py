@@ -10,17 +10,18 @@ from jax.sharding import Mesh
 
 from experiments.answering import Answerer
 from experiments.rl.settings import RolloutsConfig
-from experiments.stages import Stage, load_stage
+from experiments.stages import Stage, load_stage, merged
 from lfm_jax.generation import EngineConfig
 from lfm_jax.models import ComputeConfig
 from lfm_jax.models.functional import Tree
+from lfm_jax.models.low_rank import LowRankModel
 from lfm_jax.sharding import MeshConfig, make_mesh
 from lfm_jax.training import host_part
-from lfm_jax.training.state import replicated
+from lfm_jax.training.state import parameter_shardings, replicated
 
 
 class Sampler:
-    """An `Answerer` whose parameters follow those of training.
+    """An `Answerer` whose parameters follow those of training; adapters are merged into its model.
 
     Args:
       settings: of the engine; its context is that of the rows. stage, mesh: of the trainer.
@@ -29,7 +30,11 @@ class Sampler:
     def __init__(
         self, rollouts: RolloutsConfig, settings: EngineConfig, stage: Stage, init_from: str, compute: ComputeConfig, mesh: Mesh
     ):
-        self._whole = None
+        self._merge = self._whole = None
+        if isinstance(stage.functions, LowRankModel):
+            shardings = parameter_shardings(stage.functions.base, mesh)
+            self._merge = jax.jit(stage.functions.merged, out_shardings=shardings)
+            stage = merged(stage, mesh)
         if jax.process_count() > 1:
             self._whole = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
             mesh = make_mesh(MeshConfig(), jax.local_devices())
@@ -38,6 +43,8 @@ class Sampler:
 
     def load(self, params: Tree, buffers: Tree) -> None:
         """Answers by these from now on: a copy. With several hosts all of them call it."""
+        if self._merge is not None:
+            params, buffers = self._merge(params, buffers["frozen"]), buffers["buffers"]
         if self._whole is not None:
             here = jax.tree.map(lambda leaf: leaf.addressable_data(0), self._whole((params, buffers)))
             params, buffers = here

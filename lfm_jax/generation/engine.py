@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lfm_jax.generation import slots as device
-from lfm_jax.generation.prefixes import Prefixes
+from lfm_jax.generation.prefixes import Known, Prefixes
 from lfm_jax.generation.requests import Answer, Completion, Request, Update, cancelled, joined
 from lfm_jax.generation.sampling import needs_of, settings_of
 from lfm_jax.generation.weights import quantize_weights
@@ -34,6 +34,7 @@ class EngineConfig:
     steps: tokens of each request between two looks at who waits and which texts have ended.
     prefix_bytes: of memory for prompts and answers that later prompts may go on from; 0: none are kept.
     weights: matrices in the type that they are computed with, or rounded to eight bits (`lfm_jax.generation.weights`).
+    tell_routing: of a mixture of experts, it is told which experts each token went to (`Completion.routing`).
     """
 
     slots: int = 64
@@ -43,6 +44,7 @@ class EngineConfig:
     steps: int = 16
     prefix_bytes: int = 0
     weights: Weights = "float"
+    tell_routing: bool = False
 
     def __post_init__(self):
         for field in ("slots", "prefill_chunk", "prefill_rows", "steps"):
@@ -57,10 +59,11 @@ class EngineConfig:
 
 
 class _Read(NamedTuple):
-    """Where the state of a prompt is: a row of some that were read together."""
+    """Where the state of a prompt is: a row of some that were read together. routing: of its tokens, if it is told."""
 
     rows: device.Rows
     row: int
+    routing: np.ndarray | None
 
 
 class Engine:
@@ -73,6 +76,8 @@ class Engine:
       functions, config, params, buffers: the model; of the parameters a copy is kept in the types that they are computed with.
       decode: token ids to text; without it there are no texts, and no stop strings.
       mesh: that the parameters are sharded over; None: whatever devices they are on.
+    Raises:
+      ValueError: the settings ask for the routing of a model that has none.
     """
 
     def __init__(
@@ -86,10 +91,13 @@ class Engine:
         decode: Callable[[Sequence[int]], str] | None = None,
         mesh: Mesh | None = None,
     ):
+        if settings.tell_routing and config.routing_shape is None:
+            raise ValueError("tell_routing is for mixtures of experts, and no block of this model is one; leave it out")
         self.settings, self.config = settings, config
         self.context = settings.context or config.context_length
         dtype = functions.compute_dtypes["embed"]["embedding"]
-        self._program = device.Program(functions, config, dtype, min(settings.prefill_chunk, self.context))
+        chunk = min(settings.prefill_chunk, self.context)
+        self._program = device.Program(functions, config, dtype, chunk, settings.tell_routing)
         self._mesh, self._decode = mesh, decode
         prepare = functions.cast if settings.weights == "float" else functools.partial(quantize_weights, functions)
         # What jit returns is a copy, even of what it passes through: a training step takes over the caller's own arrays.
@@ -229,7 +237,7 @@ class Engine:
     def _prefill(self, prompts: list[tuple[int, ...]]) -> dict[tuple[int, ...], _Read]:
         """Reads prompts, those together that are about as long."""
         known = {prompt: self.prefixes.longest(prompt) for prompt in prompts}
-        rest = {prompt: len(prompt) - (known[prompt][0] if known[prompt] else 0) for prompt in prompts}
+        rest = {prompt: len(prompt) - (known[prompt].length if known[prompt] else 0) for prompt in prompts}
         size = lambda prompt: (_bucket(len(prompt), _LEAST_CAPACITY), _bucket(rest[prompt], _LEAST_CALL))
         groups: dict[tuple[int, int], list[tuple[int, ...]]] = {}
         for prompt in prompts:
@@ -238,21 +246,22 @@ class Engine:
         for (capacity, longest), group in sorted(groups.items()):
             for start in range(0, len(group), self.settings.prefill_rows):
                 some = group[start : start + self.settings.prefill_rows]
-                rows = self._read_together(some, [known[prompt] for prompt in some], min(capacity, self.context), longest)
-                read |= {prompt: _Read(rows, row) for row, prompt in enumerate(some)}
+                found = self._read_together(some, [known[prompt] for prompt in some], min(capacity, self.context), longest)
+                read |= dict(zip(some, found, strict=True))
         return read
 
     def _read_together(
-        self, prompts: list[tuple[int, ...]], known: list[tuple[int, DecoderCache] | None], capacity: int, longest: int
-    ) -> device.Rows:
+        self, prompts: list[tuple[int, ...]], known: list[Known | None], capacity: int, longest: int
+    ) -> list[_Read]:
         rows = device.empty_rows(self._program, _bucket(len(prompts), 1), capacity)
         for row, found in enumerate(known):
             if found is not None:
-                cache = device.put_rows(rows.cache, found[1], np.zeros(1, np.int32), np.array([row], np.int32))
+                cache = device.put_rows(rows.cache, found.cache, np.zeros(1, np.int32), np.array([row], np.int32))
                 rows = rows._replace(cache=cache)
-        starts = [0 if found is None else found[0] for found in known]
+        starts = [0 if found is None else found.length for found in known]
         call = min(longest, self._program.chunk)
         rest = max(len(prompt) - start for prompt, start in zip(prompts, starts, strict=True))
+        told = []
         for begin in range(0, rest, call):
             tokens = np.zeros((_bucket(len(prompts), 1), call), np.int32)
             segment_ids = np.zeros_like(tokens)
@@ -260,12 +269,19 @@ class Engine:
                 part = prompt[start + begin : start + begin + call]
                 tokens[row, : len(part)] = part
                 segment_ids[row, : len(part)] = 1
-            rows = device.prefill(self._program, *self._model, rows, tokens, segment_ids)
+            rows, routing = device.prefill(self._program, *self._model, rows, tokens, segment_ids)
+            told.append(routing)
             self.prompt_tokens_read += int(segment_ids.sum())
+        routings = [None] * len(prompts)
+        if self.settings.tell_routing:
+            new = np.concatenate([np.asarray(routing) for routing in told], axis=1)
+            for row, (prompt, found, start) in enumerate(zip(prompts, known, starts, strict=True)):
+                before = [] if found is None else [found.routing]
+                routings[row] = np.concatenate([*before, new[row, : len(prompt) - start]])
         if self.settings.prefix_bytes:
             for row, prompt in enumerate(prompts):
-                self._keep(prompt, rows.cache, row)
-        return rows
+                self._keep(prompt, rows.cache, row, routings[row])
+        return [_Read(rows, row, routing) for row, routing in enumerate(routings)]
 
     def _make_room(self, requests: list[Request]) -> None:
         """As many slots, each of a size, as these requests need beside those that are being answered.
@@ -324,7 +340,7 @@ class Engine:
         )  # fmt: skip
         chosen, updates = jax.tree.map(lambda array: np.asarray(array)[None], chosen), []
         for row, (slot, number, request) in enumerate(group):
-            self._answers[slot] = Answer(number, request, self._decode)
+            self._answers[slot] = Answer(number, request, self._decode, self._read[request.prompt].routing)
             updates.append(self._told(slot, jax.tree.map(lambda array, row=row: array[:, row], chosen)))
         return updates
 
@@ -358,12 +374,13 @@ class Engine:
             last = [int(token) for token in chosen.tokens if token >= 0]
             read = [*answer.request.prompt, *answer.tokens[: len(answer.tokens) - len(update.tokens)], *last][:-1]
             if self.settings.prefix_bytes:
-                self._keep(read, self._slots.cache, slot)
+                routing = np.concatenate(answer.routing) if answer.routing else None
+                self._keep(read, self._slots.cache, slot, routing)
         return update
 
-    def _keep(self, tokens: Sequence[int], cache: DecoderCache, row: int) -> None:
+    def _keep(self, tokens: Sequence[int], cache: DecoderCache, row: int, routing: np.ndarray | None) -> None:
         capacity = min(_bucket(len(tokens), _LEAST_CAPACITY), self.context)
-        self.prefixes.keep(tokens, device.take_row(self._program, cache, np.int32(row), capacity))
+        self.prefixes.keep(tokens, device.take_row(self._program, cache, np.int32(row), capacity), routing)
 
 
 def _room(request: Request, tokens: int) -> int:

@@ -2,10 +2,20 @@
 
 import collections
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from lfm_jax.models import DecoderCache, ModelConfig
+
+
+class Known(NamedTuple):
+    """What has been read. length: its tokens. routing: their experts, [length, moe layers, top_k], or None."""
+
+    length: int
+    cache: DecoderCache
+    routing: np.ndarray | None
 
 
 class Prefixes:
@@ -20,14 +30,14 @@ class Prefixes:
 
     def __init__(self, config: ModelConfig, max_bytes: int):
         self._config, self._max_bytes = config, max_bytes
-        self._caches: collections.OrderedDict[tuple[int, ...], DecoderCache] = collections.OrderedDict()
+        self._known: collections.OrderedDict[tuple[int, ...], Known] = collections.OrderedDict()
         self.bytes = 0
 
     def __len__(self) -> int:
-        return len(self._caches)
+        return len(self._known)
 
-    def keep(self, tokens: Sequence[int], cache: DecoderCache) -> None:
-        """Remembers the cache of a row that has read exactly these tokens.
+    def keep(self, tokens: Sequence[int], cache: DecoderCache, routing: np.ndarray | None = None) -> None:
+        """Remembers the cache of a row that has read exactly these tokens, and which experts they went to, where that is told.
 
         Raises:
           ValueError: the state of some block is not there.
@@ -35,29 +45,30 @@ class Prefixes:
         for index, (kind, state) in enumerate(zip(self._config.layer_types, cache.layers, strict=True)):
             if state is None or any(array is None for array in state):
                 raise ValueError(f"block {index} ({kind}) has no state in the cache; it would go on as if nothing had been read")
-        key, size = tuple(tokens), _bytes(cache)
+        key, known = tuple(tokens), Known(len(tokens), cache, routing)
+        size = _bytes(known)
         if size > self._max_bytes or not key:
             return
         self._forget(key)
-        self._caches[key] = cache
+        self._known[key] = known
         self.bytes += size
         while self.bytes > self._max_bytes:
-            self._forget(next(iter(self._caches)))
+            self._forget(next(iter(self._known)))
 
-    def longest(self, prompt: Sequence[int]) -> tuple[int, DecoderCache] | None:
-        """(tokens, cache) of the longest one that the prompt begins with and goes on after."""
+    def longest(self, prompt: Sequence[int]) -> Known | None:
+        """The longest one that the prompt begins with and goes on after."""
         prompt = tuple(prompt)
-        fitting = [key for key in self._caches if len(key) < len(prompt) and prompt[: len(key)] == key]
+        fitting = [key for key in self._known if len(key) < len(prompt) and prompt[: len(key)] == key]
         if not fitting:
             return None
         key = max(fitting, key=len)
-        self._caches.move_to_end(key)
-        return len(key), self._caches[key]
+        self._known.move_to_end(key)
+        return self._known[key]
 
     def _forget(self, key: tuple[int, ...]) -> None:
-        if key in self._caches:
-            self.bytes -= _bytes(self._caches.pop(key))
+        if key in self._known:
+            self.bytes -= _bytes(self._known.pop(key))
 
 
-def _bytes(cache: DecoderCache) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+def _bytes(known: Known) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves((known.cache, known.routing)))

@@ -46,6 +46,8 @@ class Update(NamedTuple):
       one token and no gradient, so that reinforcement learning trains greedy answers as draws at 1. Empty if not asked for.
     kept: the tokens that top_k, top_p and min_p had left to draw from, [tokens, ceil(vocab / 32)] uint32: bit i of word w, from
       the lowest, is id 32 w + i. None if not asked for, or without truncation.
+    routing: the experts that tokens went to, of the prompt with the first update, and then of the token before each that is new,
+      [tokens, moe layers, top_k] int16: the last token of an answer goes nowhere. None unless the engine is to tell it.
     """
 
     request: int
@@ -56,10 +58,12 @@ class Update(NamedTuple):
     finish_reason: FinishReason | None
     drawn_log_probs: Sequence[float] = ()
     kept: np.ndarray | None = None
+    routing: np.ndarray | None = None
 
 
 class Completion(NamedTuple):
-    """A whole answer; fields as in `Update`. The tokens of a stop string are there, its text is not."""
+    """A whole answer; fields as in `Update`. The tokens of a stop string are there, its text is not. routing: of the prompt and
+    of all tokens but the last."""
 
     tokens: list[int]
     log_probs: list[float]
@@ -68,20 +72,26 @@ class Completion(NamedTuple):
     finish_reason: FinishReason
     drawn_log_probs: Sequence[float] = ()
     kept: np.ndarray | None = None
+    routing: np.ndarray | None = None
 
 
 class Answer:
-    """A request in its slot."""
+    """A request in its slot. routing: of its prompt, then of all tokens that the model reads for it; empty if it is not told."""
 
-    def __init__(self, number: int, request: Request, decode: Callable[[Sequence[int]], str] | None):
+    def __init__(
+        self, number: int, request: Request, decode: Callable[[Sequence[int]], str] | None, routing: np.ndarray | None = None
+    ):
         self.number, self.request = number, request
         self.tokens: list[int] = []
+        self.routing = [] if routing is None else [routing]
         self._stream = None if decode is None else TextStream(decode, request.stop_strings)
         self._detector = None if request.loop is None else LoopDetector(request.loop)
 
     def take(self, chosen: Chosen) -> Update:
         """The next tokens of this request, [steps], -1 behind the last."""
         request, tokens = self.request, [int(token) for token in chosen.tokens if token >= 0]
+        if chosen.routing is not None:
+            self.routing.append(chosen.routing[: len(tokens)])
         reason = None
         if self._detector is not None:
             looped = next((index for index, token in enumerate(tokens, 1) if self._detector.push(token)), None)
@@ -105,7 +115,10 @@ class Answer:
         floats = lambda values: [float(value) for value in values[: len(tokens)]]
         drawn = floats(chosen.drawn_log_probs) if request.drawn else []
         kept = chosen.kept[: len(tokens)] if request.drawn and request.sampling.truncates else None
-        return Update(self.number, tokens, floats(chosen.log_probs), top, text, reason, drawn, kept)
+        routing = self.routing[-1] if self.routing else None
+        if chosen.routing is not None:
+            routing = routing[: len(tokens)]
+        return Update(self.number, tokens, floats(chosen.log_probs), top, text, reason, drawn, kept, routing)
 
 
 def cancelled(number: int) -> Update:
@@ -117,8 +130,10 @@ def joined(updates: Sequence[Update]) -> Completion:
     """All of an answer from its updates."""
     every = lambda field: [item for update in updates for item in getattr(update, field)]
     text = "".join(update.text for update in updates)
-    kept = [update.kept for update in updates if update.kept is not None]
+    kept, routing = (
+        [getattr(update, field) for update in updates if getattr(update, field) is not None] for field in ("kept", "routing")
+    )
     return Completion(
         every("tokens"), every("log_probs"), every("top"), text, updates[-1].finish_reason, every("drawn_log_probs"),
-        np.concatenate(kept) if kept else None,
+        np.concatenate(kept) if kept else None, np.concatenate(routing) if routing else None,
     )  # fmt: skip

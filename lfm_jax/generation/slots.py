@@ -14,12 +14,14 @@ from lfm_jax.models.functional import Tree
 
 
 class Program(NamedTuple):
-    """What is the same in every call. dtype: of activations. chunk: tokens of a prompt that a call takes at most."""
+    """What is the same in every call. dtype: of activations. chunk: tokens of a prompt that a call takes at most. tell_routing:
+    whether calls tell the experts of each token that they read, [..., moe layers, top_k] int16."""
 
     functions: FunctionalModel
     config: ModelConfig
     dtype: jnp.dtype
     chunk: int
+    tell_routing: bool = False
 
     @property
     def known(self) -> int:
@@ -41,6 +43,8 @@ class Chosen(NamedTuple):
     top_ids, top_log_probs: of the most likely tokens, [..., top].
     drawn_log_probs: after all that, over the ids of the tokenizer; kept: which ids these are of, [..., words] uint32 (see
       `packed`). None where `Tell` does not ask.
+    routing: the experts of the token that was read for it, [..., moe layers, top_k]; None unless the program tells it, and of the
+      first token of a row, for which its prompt was read.
     """
 
     tokens: jax.Array
@@ -49,6 +53,7 @@ class Chosen(NamedTuple):
     top_log_probs: jax.Array
     drawn_log_probs: jax.Array | None = None
     kept: jax.Array | None = None
+    routing: jax.Array | None = None
 
 
 class Tell(NamedTuple):
@@ -139,14 +144,18 @@ def take_row(program: Program, cache: DecoderCache, row: jax.Array, capacity: in
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="rows")
-def prefill(program: Program, params: Tree, buffers: Tree, rows: Rows, tokens: Tokens, segment_ids: SegmentIds) -> Rows:
-    """Reads the next tokens of each row; segment_ids: 1 for a token, 0 for padding."""
+def prefill(
+    program: Program, params: Tree, buffers: Tree, rows: Rows, tokens: Tokens, segment_ids: SegmentIds
+) -> tuple[Rows, jax.Array | None]:
+    """Reads the next tokens of each row; segment_ids: 1 for a token, 0 for padding. Returns the rows, and the experts of the
+    tokens if the program tells them."""
     model = program.functions.bind(params, buffers)
     output = model(tokens, segment_ids, cache=rows.cache)
     # The last token of each row, on whichever side its padding is.
     last = tokens.shape[1] - 1 - jnp.argmax(segment_ids[:, ::-1] != 0, axis=1)
     hidden = jnp.take_along_axis(output.hidden, last[:, None, None], axis=1)[:, 0]
-    return Rows(output.cache, jnp.where(jnp.any(segment_ids != 0, axis=1)[:, None], hidden, rows.hidden))
+    rows = Rows(output.cache, jnp.where(jnp.any(segment_ids != 0, axis=1)[:, None], hidden, rows.hidden))
+    return rows, output.routing.astype(jnp.int16) if program.tell_routing else None
 
 
 def _choose(
@@ -223,6 +232,7 @@ def decode(
         top_ids=jnp.zeros((steps, count, top), jnp.int32), top_log_probs=jnp.zeros((steps, count, top), jnp.float32),
         drawn_log_probs=jnp.zeros((steps, count), jnp.float32) if tell.drawn else None,
         kept=jnp.zeros((steps, count, -(-program.config.vocab_size // 32)), jnp.uint32) if tell.kept else None,
+        routing=jnp.zeros((steps, count, *program.config.routing_shape), jnp.int16) if program.tell_routing else None,
     )  # fmt: skip
 
     def unfinished(carry: tuple[jax.Array, Slots, Chosen]) -> jax.Array:
@@ -238,6 +248,8 @@ def decode(
         active = (slots.left > 0).astype(jnp.int32)
         output = model(slots.last[:, None], active[:, None], cache=slots.cache)
         slots, chosen = _choose(program, model, output.hidden[:, 0], slots._replace(cache=output.cache), needs, top, tell)
+        if program.tell_routing:
+            chosen = chosen._replace(routing=output.routing[:, 0].astype(jnp.int16))
         return step + 1, slots, jax.tree.map(lambda all, one: all.at[step].set(one), out, chosen)
 
     _, slots, out = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), slots, out))

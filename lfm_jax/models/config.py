@@ -128,6 +128,12 @@ class ModelConfig:
         """Whether block `index` has a mixture of experts."""
         return self.moe is not None and index >= self.moe.num_dense_layers
 
+    @property
+    def routing_shape(self) -> tuple[int, int] | None:
+        """(blocks with a mixture of experts, experts that a token uses in each); None where there is no such block."""
+        blocks = sum(map(self.is_moe_layer, range(self.num_layers)))
+        return (blocks, self.moe.experts_per_token) if blocks else None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:

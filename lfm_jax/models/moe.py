@@ -1,6 +1,7 @@
 """A mixture of SwiGLU experts behind a sigmoid router; no token is dropped."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,14 @@ from lfm_jax.sharding import (
 
 class ExpertBias(nnx.Variable):
     """Added to the router's scores for the choice alone. It balances the load and carries no gradient."""
+
+
+class Routed(NamedTuple):
+    """What a router chose. counts: tokens that chose each expert, [experts] float32, without padding; experts: of each token,
+    [batch, seq, top_k] int32."""
+
+    counts: jax.Array
+    experts: jax.Array
 
 
 def _copies(x: jax.Array, tokens: jax.Array, places: jax.Array) -> jax.Array:
@@ -182,20 +191,26 @@ class MoE(nnx.Module):
         if config.expert_bias:
             self.expert_bias = ExpertBias(jnp.zeros(experts), axes=(None,))
 
-    def route(self, x: Hidden) -> tuple[jax.Array, jax.Array]:
-        """The chosen experts [batch, seq, top_k] int32 and their weights [batch, seq, top_k] float32."""
+    def route(self, x: Hidden, replayed: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The experts of each token, int32, their weights, float32, and what the router chose; [batch, seq, top_k] each.
+
+        Args:
+          replayed: experts in place of the router's choice, [batch, seq, top_k] int32, those of a token all negative where it
+            goes as the router says. Their weights are made of the router's own scores, and have its gradient, either way.
+        """
         logits = project(x.astype(jnp.float32), self.router[...])
         scores = jax.nn.sigmoid(logits)
         choice = scores + self.expert_bias[...][None, None, :] if self.config.expert_bias else scores
-        _, experts = jax.lax.top_k(jax.lax.stop_gradient(choice), self.config.experts_per_token)
+        _, chosen = jax.lax.top_k(jax.lax.stop_gradient(choice), self.config.experts_per_token)
+        experts = chosen if replayed is None else jnp.where(replayed < 0, chosen, replayed)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if self.config.normalize_weights:
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-6)
-        return experts, weights * self.config.scaling_factor
+        return experts, weights * self.config.scaling_factor, chosen
 
-    def __call__(self, x: Hidden, valid: jax.Array | None) -> tuple[Hidden, jax.Array]:
-        """The output and the tokens that chose each expert, [experts] float32, padding (valid False) not counted."""
-        experts, weights = self.route(x)
+    def __call__(self, x: Hidden, valid: jax.Array | None, replayed: jax.Array | None = None) -> tuple[Hidden, Routed]:
+        """The output, and the router's own choice, also where other experts are `replayed`. valid: False for padding."""
+        experts, weights, choice = self.route(x, replayed)
         token, copies = ("batch", "seq", None), (None, "batch", "seq")
         matrices = [matrix[...].astype(self.dtype) for matrix in (self.gate, self.up, self.down)]
         # Each device sorts and multiplies its own tokens: a sort over the whole batch would move all of them.
@@ -205,7 +220,7 @@ class MoE(nnx.Module):
             functools.partial(_on_shard, self.config, self.implementation, self.exchange), [x, *by_choice, *matrices],
             [token, copies, copies, widening, widening, narrowing], token,
         )  # fmt: skip
-        chosen = jax.nn.one_hot(experts, self.config.num_experts, dtype=jnp.float32)
+        chosen = jax.nn.one_hot(choice, self.config.num_experts, dtype=jnp.float32)
         if valid is not None:
             chosen = chosen * valid[:, :, None, None].astype(jnp.float32)
-        return out, jnp.sum(chosen, axis=(0, 1, 2))
+        return out, Routed(jnp.sum(chosen, axis=(0, 1, 2)), choice)

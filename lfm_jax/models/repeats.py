@@ -9,7 +9,7 @@ from flax import nnx
 
 from lfm_jax.arrays import Hidden
 
-Apply = Callable[[Any, Hidden], tuple[Hidden, jax.Array | None]]
+Apply = Callable[[Any, Hidden, Any], tuple[Hidden, Any]]  # (block, hidden, what it is given): hidden, and what it tells
 
 
 def repeats(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
@@ -35,37 +35,43 @@ def repeats(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
     return found
 
 
-def in_turn(blocks: Sequence[nnx.Module], apply: Apply, hidden: Hidden) -> tuple[Hidden, list[jax.Array]]:
-    """`apply` to one block after the other: (hidden, what they counted in the order of the blocks)."""
-    counts = []
-    for block in blocks:
-        hidden, counted = apply(block, hidden)
-        if counted is not None:
-            counts.append(counted)
-    return hidden, counts
+def in_turn(blocks: Sequence[nnx.Module], given: Sequence[Any], apply: Apply, hidden: Hidden) -> tuple[Hidden, list[Any]]:
+    """`apply` to one block after the other: (hidden, what they told in the order of the blocks, without Nones).
+
+    Args:
+      given: a tree of arrays for each block, or None.
+    """
+    told = []
+    for block, own in zip(blocks, given, strict=True):
+        hidden, found = apply(block, hidden, own)
+        if found is not None:
+            told.append(found)
+    return hidden, told
 
 
-def in_loops(blocks: Sequence[nnx.Module], kinds: Sequence[Hashable], apply: Apply, hidden: Hidden):
+def in_loops(
+    blocks: Sequence[nnx.Module], given: Sequence[Any], kinds: Sequence[Hashable], apply: Apply, hidden: Hidden
+) -> tuple[Hidden, list[Any]]:
     """`in_turn`, the blocks of each stretch of `repeats` in a loop over its units, their parameters stacked for it.
 
     Args:
-      kinds: of each block; those of a kind differ in the values of their arrays alone.
+      kinds: of each block; those of a kind differ in the values of their arrays, and of what they are given, alone.
     """
     every, start = [], 0
     for period, times in repeats(kinds):
-        stretch = blocks[start : start + period * times]
+        stretch, own = (each[start : start + period * times] for each in (blocks, given))
         start += len(stretch)
         if times == 1:
-            hidden, counts = in_turn(stretch, apply, hidden)
-            every += counts
+            hidden, told = in_turn(stretch, own, apply, hidden)
+            every += told
             continue
-        split = [nnx.split(block) for block in stretch]
-        graphdefs = [graphdef for graphdef, _ in split[:period]]
-        units = [[state for _, state in split[first : first + period]] for first in range(0, len(split), period)]
+        graphdefs, states = zip(*(nnx.split(block) for block in stretch), strict=True)
+        units = [(states[first : first + period], own[first : first + period]) for first in range(0, len(stretch), period)]
 
-        def run_unit(hidden: Hidden, unit: list[nnx.State], graphdefs=graphdefs):
-            return in_turn([nnx.merge(*parts) for parts in zip(graphdefs, unit, strict=True)], apply, hidden)
+        def run_unit(hidden: Hidden, unit: tuple[Sequence[nnx.State], Sequence[Any]], graphdefs=graphdefs[:period]):
+            states, own = unit
+            return in_turn([nnx.merge(*parts) for parts in zip(graphdefs, states, strict=True)], own, apply, hidden)
 
-        hidden, counts = jax.lax.scan(run_unit, hidden, jax.tree.map(lambda *leaves: jnp.stack(leaves), *units))
-        every += [counted[time] for time in range(times) for counted in counts]
+        hidden, told = jax.lax.scan(run_unit, hidden, jax.tree.map(lambda *leaves: jnp.stack(leaves), *units))
+        every += [jax.tree.map(lambda leaf, time=time: leaf[time], found) for time in range(times) for found in told]
     return hidden, every

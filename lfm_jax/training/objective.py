@@ -29,6 +29,13 @@ class Batch(TypedDict):
     loss_mask: jax.Array
 
 
+class Part(NamedTuple):
+    """Sums over a part of what counts, and the number of what is in it, float32 scalars."""
+
+    metrics: dict[str, jax.Array]
+    of: jax.Array
+
+
 class Sums(NamedTuple):
     """What an objective returns for a (micro-)batch: sums, so that they add up over micro-batches, batches and hosts, and
     extremes, of which the lowest or the highest counts.
@@ -40,6 +47,7 @@ class Sums(NamedTuple):
     of: float32 scalar, what the metrics are means over where the weight counts something else.
     counts: float32 scalars, logged as they are; `tokens` makes the rate of a run. None: the weight is the tokens.
     lowest, highest: float32 scalars, logged as NAME_min and NAME_max; infinite and -infinite where there is nothing.
+    parts: by name; a metric of one is logged as METRIC_of_NAME, divided by the part's own `of`: no number where it is empty.
     """
 
     loss: jax.Array
@@ -50,6 +58,7 @@ class Sums(NamedTuple):
     counts: dict[str, jax.Array] | None = None
     lowest: dict[str, jax.Array] | None = None
     highest: dict[str, jax.Array] | None = None
+    parts: dict[str, Part] | None = None
 
     def joined(
         self,
@@ -66,13 +75,18 @@ class Sums(NamedTuple):
         return jax.tree.map(total, self, *others)._replace(**extremes)
 
     def figures(self) -> dict[str, jax.Array]:
-        """What is logged: `loss`, the metrics, the counts and the extremes, float32 scalars. 0 where nothing has weight."""
+        """What is logged: `loss`, the metrics, counts, extremes and parts, float32 scalars. 0 where nothing has weight."""
         share, of = _share(self.weight), self.weight if self.of is None else self.of
         means = {name: value * _share(of) for name, value in self.metrics.items()}
         counts = {"tokens": self.weight} if self.counts is None else self.counts
         ends = {f"{name}_min": value for name, value in (self.lowest or {}).items()}
         ends |= {f"{name}_max": value for name, value in (self.highest or {}).items()}
-        return {"loss": self.loss * share, **means, **counts, **ends}
+        parts = {
+            f"{metric}_of_{name}": value / part.of
+            for name, part in (self.parts or {}).items()
+            for metric, value in part.metrics.items()
+        }
+        return {"loss": self.loss * share, **means, **counts, **ends, **parts}
 
 
 def _share(total: jax.Array) -> jax.Array:

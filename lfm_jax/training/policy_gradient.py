@@ -171,7 +171,7 @@ class PolicySums(NamedTuple):
     metrics: `tokens`, and sums over them: `clipped_low`, `clipped_high`: tokens that the clip keeps from going on down or up
       (CISPO: that the cap has made less of); `ratio`; `sampler_gap`, |d|, and `sampler_kl`, exp(d) - 1 - d, where d = trainer's -
       sampler's log-probability, with the old one if it is given: at a batch's first step both are 0 if the two compute the same;
-      `kl`, with a reference; `entropy`, if given. `sequences`, those with a token.
+      `kl`, with a reference; and other figures, if given. `sequences`, those with a token.
     lowest, highest: `ratio`, and `sampler_gap`, over the tokens; infinite and -infinite without any.
     """
 
@@ -183,7 +183,7 @@ class PolicySums(NamedTuple):
 
 
 def policy_gradient_sums(
-    config: PolicyGradientConfig, log_probs: jax.Array, rollouts: Rollouts, entropy: jax.Array | None = None
+    config: PolicyGradientConfig, log_probs: jax.Array, rollouts: Rollouts, **figures: jax.Array
 ) -> PolicySums:
     """The loss of the policy whose log-probabilities of the answers' tokens are given, in float32 at least.
 
@@ -191,7 +191,8 @@ def policy_gradient_sums(
     denominator: that of REINFORCE.
 
     Args:
-      log_probs: [batch, seq], under the sampler's temperature and filters. entropy: [batch, seq], for its metric alone.
+      log_probs: [batch, seq], under the sampler's temperature and filters.
+      figures: [batch, seq] each, such as the entropy, that are summed up as metrics and nothing else.
 
     Raises:
       ValueError: a KL term without reference_log_probs; importance_cap without old_log_probs, when all weights would be 1.
@@ -227,8 +228,7 @@ def policy_gradient_sums(
         divergence = _divergence(known(rollouts.reference_log_probs) - log_probs)
         losses += config.kl_weight * divergence * (ratio if config.kl_by_ratio else 1)
         per_token["kl"] = divergence
-    if entropy is not None:
-        per_token["entropy"] = entropy.astype(log_probs.dtype)
+    per_token |= {name: figure.astype(log_probs.dtype) for name, figure in figures.items()}
     per_token = jax.lax.stop_gradient(per_token)
     metrics = {name: jnp.sum(masked(value, real), dtype=log_probs.dtype) for name, value in per_token.items()}
     metrics["sequences"] = jnp.sum(lengths > 0, dtype=log_probs.dtype)

@@ -220,6 +220,7 @@ def test_what_can_be_learnt_is_learnt_and_what_cannot_is_cold(learned):
     [
         ({"environments.names": "bandits"}, "--config.environments.names: no task is named 'bandits'; did you mean 'bandit'"),
         ({"environments.names": "bandit", "environments.difficulties": 3}, "bandit has difficulties 1 to 2, got 3"),
+        ({"replay_routing": True}, "model is no mixture of experts: there is no routing to replay; leave it out"),
         ({"rollouts.seq_len": 1024}, "the model's context has 512 tokens, got 1024"),
         ({"rollouts.seq_len": 12}, "of 8 problems of echo at difficulty 1 none can be asked: too_long"),
     ],

@@ -416,6 +416,7 @@ def test_rows_that_are_none_are_refused(tmp_path):
         (EvaluationConfig, {"problems": 0}, "problems must be at least 1, got 0"),
         (Config, {"block": 0}, "block must be at least 1 token, got 0"),
         (Config, {"engine": EngineConfig(context=64)}, "engine.context is rollouts.seq_len here, 512"),
+        (Config, {"engine": EngineConfig(tell_routing=True)}, "engine.tell_routing is set by the model here"),
         (Config, {"rollouts": RolloutsConfig(lag=1)}, "set policy.importance_cap, about 2"),
         (Config, {"rewards": RewardsConfig(overlong_buffer=256)}, "buffer must be at least 1 token and less than max_tokens 256"),
     ],

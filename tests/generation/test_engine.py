@@ -91,7 +91,9 @@ def test_answers_do_not_depend_on_who_else_is_answered(settings):
 
 
 def test_answers_of_a_mixture_of_experts():
-    check(engine(SMALL, MOE).run(requests()), requests(), MOE)
+    answers = engine(SMALL, MOE).run(requests())
+    check(answers, requests(), MOE)
+    assert all(answer.routing is None for answer in answers)  # unless it is asked for
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -103,7 +105,7 @@ def test_prompts_may_be_padded_on_either_side(side):
     for row, prompt in enumerate(prompts()):
         place = slice(32 - len(prompt), None) if side == "left" else slice(len(prompt))
         tokens[row, place], segment_ids[row, place] = prompt, 1
-    rows = device.prefill(program, params, buffers, rows, tokens, segment_ids)
+    rows, _ = device.prefill(program, params, buffers, rows, tokens, segment_ids)
     logits = jax.jit(lambda hidden: functions.bind(params, buffers).logits(hidden))(rows.hidden[:, None])
     for row, prompt in enumerate(prompts()):
         np.testing.assert_allclose(jax.nn.log_softmax(logits[row, 0]).max(), by_full_forwards(prompt)[1][0], atol=2e-5)

@@ -216,7 +216,7 @@ def test_no_gradient_goes_to_what_is_known():
 def test_metrics_are_sums_over_the_policys_own_tokens():
     log_probs, rollouts = _rollouts()
     entropy = jnp.asarray(np.random.default_rng(1).exponential(1.0, (BATCH, SEQ)))
-    found = policy_gradient_sums(_member("dapo"), log_probs, rollouts, entropy)
+    found = policy_gradient_sums(_member("dapo"), log_probs, rollouts, entropy=entropy)
     mask = np.asarray(rollouts.mask)
     own = lambda array: np.asarray(array)[mask]
     ratio = np.exp(own(log_probs) - own(rollouts.old_log_probs))
