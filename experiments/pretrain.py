@@ -64,6 +64,7 @@ class Config:
       says.
     loader: how rows and batches are made of the tokens. prompts: what samples begin with.
     evaluation_batches: held-out batches that are measured on the way; None: all. At the end it is always all.
+    ngram_tokens: of the training text, that the count models to compare with are made of; None: there are none.
     export: how the model is written as a Hugging Face folder at the end; None: it is not.
     """
 
@@ -81,6 +82,7 @@ class Config:
     loss: LossConfig = LossConfig()
     train: TrainConfig
     evaluation_batches: int | None = None
+    ngram_tokens: int | None = 1 << 26
     prompts: tuple[str, ...] = ()
     sampling: SamplingConfig = SamplingConfig()
     export: ExportConfig | None = ExportConfig()
@@ -137,7 +139,8 @@ def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:
     stage = Stage(model, functions, params, buffers, tokenizer, workdir / TOKENIZER, config.train.steps)
     with ledger.kind("evaluation"):
         figures = measure(params, buffers, None)
-    figures |= ngram_bits_per_byte(text.train[0], text.held_out[0], tokenizer)
+    if config.ngram_tokens is not None:
+        figures |= ngram_bits_per_byte(text.train[0], text.held_out[0], tokenizer, most_tokens=config.ngram_tokens)
     watch.lap("evaluation")
     figures |= _figures_of_training(config, workdir, model, text.train)
     figures["samples"] = _samples(config, stage)
