@@ -233,7 +233,9 @@ class RolloutBatches:
         model = self._trainer.model
         words = -(-model.vocab_size // 32) if self._rollouts.filtered else None
         seq, environments = records[0]["seq"], self._trainer.environments
-        return arrays(records, seq, words, routing=model.routing_shape, environments=environments)
+        return arrays(
+            records, seq, words, greedy_as=self._rollouts.greedy_as, routing=model.routing_shape, environments=environments
+        )
 
     def _picked(self, epoch: int, mini_batch: int) -> list[dict[str, Any]]:
         """This host's records of an update."""

@@ -92,6 +92,7 @@ def arrays(
     seq: int,
     words: int | None,
     *,
+    greedy_as: float = 1.0,
     routing: tuple[int, int] | None = None,
     environments: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
@@ -99,14 +100,14 @@ def arrays(
 
     Args:
       seq: positions of a row. words: of `kept`, which is there if they are given. routing: (moe layers, top_k) of `routing`, the
-        same. environments: names; without them there is no `environment`.
+        same. greedy_as: see `RolloutsConfig`. environments: names; without them there is no `environment`.
     """
     answers = [(record["prompt_ids"], answer) for record in records for answer in record["answers"]]
     rows = len(answers)
     batch = {name: np.zeros((rows, seq), np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
     trainer = [name for name in TRAINER if all(name in answer for _, answer in answers)]
     batch |= {name: np.zeros((rows, seq), np.float32) for name in ("loss_mask", "advantages", "sampler_log_probs", *trainer)}
-    batch["temperature"] = np.array([answer["temperature"] for _, answer in answers], np.float32)
+    batch["temperature"] = np.array([answer["temperature"] or greedy_as for _, answer in answers], np.float32)
     if words is not None:
         batch["kept"] = np.zeros((rows, seq, words), np.uint32)
     if routing is not None:

@@ -68,7 +68,10 @@ class RolloutsConfig:
     """The answers of a batch, and how often it is learnt from.
 
     prompts: of a batch, over all hosts. temperatures: (temperature, how many of a prompt's answers are drawn at it), ...; at 0
-      there is one, the greedy answer, which is learnt from as if it had been drawn at 1.
+      there is one, the greedy answer.
+    greedy_as: the temperature that the greedy answer is learnt from as if drawn at. At 1 all its tokens are made less likely
+      when it is worse than the others, as it is when it loops, and the entropy rises; at a low one the sure tokens have
+      next to no gradient (docs/log.md, 2026-11-26).
     top_p, top_k, min_p: see `SamplingConfig`; which tokens they kept is replayed when the answers are learnt from.
     max_new_tokens: of an answer, or of a turn of an episode. seq_len: the longest row: prompt, answers and what tools say.
     buckets: rows of a batch are padded to seq_len, its half, its quarter, ...: one of so many lengths, each a program.
@@ -83,6 +86,7 @@ class RolloutsConfig:
 
     prompts: int = 32
     temperatures: tuple[tuple[float, int], ...] = ((1.0, 8),)
+    greedy_as: float = 0.2
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
@@ -134,7 +138,9 @@ class RolloutsConfig:
     def sampling(self, temperature: float, max_new_tokens: int, seed: int) -> SamplingConfig:
         """How an answer is drawn; nothing else, such as a model's generation_config, has a say in it."""
         filters = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p} if temperature else {"top_p": 1.0}
-        return SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, **filters)
+        return SamplingConfig(
+            temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, greedy_as=self.greedy_as, **filters
+        )
 
     @property
     def updates(self) -> int:

@@ -42,8 +42,8 @@ class Update(NamedTuple):
     top: for each, the most likely tokens and their log-probabilities, as many as were asked for.
     text: what is sure of it; "" without a tokenizer. finish_reason: None while it goes on.
     drawn_log_probs: of each token under the distribution it was drawn from: after temperature and truncation, over the ids of
-      the tokenizer. At temperature 0 that at temperature 1 without truncation: the distribution that was drawn from would have
-      one token and no gradient, so that reinforcement learning trains greedy answers as draws at 1. Empty if not asked for.
+      the tokenizer. At temperature 0 that at temperature `greedy_as` without truncation: the distribution that was drawn from
+      would have one token and no gradient, so that reinforcement learning has none of greedy answers. Empty if not asked for.
     kept: the tokens that top_k, top_p and min_p had left to draw from, [tokens, ceil(vocab / 32)] uint32: bit i of word w, from
       the lowest, is id 32 w + i. None if not asked for, or without truncation.
     routing: the experts that tokens went to, of the prompt with the first update, and then of the token before each that is new,

@@ -23,6 +23,7 @@ class SamplingConfig:
     top_p: of those, the smallest set whose probability reaches it (Holtzman et al. 2020).
     min_p: of those, the tokens that are at least so many times as likely as the most likely one (Nguyen et al. 2024).
     seed: of the draws; the t-th token of a request is drawn from (seed, t) alone, whatever other rows there are.
+    greedy_as: at temperature 0, the temperature whose distribution `Update.drawn_log_probs` are of.
     """
 
     max_new_tokens: int = 128
@@ -32,6 +33,7 @@ class SamplingConfig:
     top_p: float = 0.95
     min_p: float = 0.0
     seed: int = 0
+    greedy_as: float = 1.0
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -40,6 +42,8 @@ class SamplingConfig:
             raise ValueError(f"repetition_penalty must be positive and finite, got {self.repetition_penalty}; 1 changes nothing")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must not be negative, got {self.temperature}; 0 is greedy")
+        if not 0 < self.greedy_as < float("inf"):
+            raise ValueError(f"greedy_as must be a temperature above 0, got {self.greedy_as}")
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative, got {self.top_k}; 0 keeps every token")
         if not 0 < self.top_p <= 1:
@@ -64,6 +68,7 @@ class Settings(NamedTuple):
     top_p: jax.Array
     min_p: jax.Array
     seed: jax.Array
+    greedy_as: jax.Array
 
 
 class Needs(NamedTuple):

@@ -103,7 +103,7 @@ def empty_rows(program: Program, rows: int, capacity: int) -> Rows:
 def empty_slots(program: Program, slots: int, capacity: int, stop_ids: int, penalty: bool) -> Slots:
     """Free slots."""
     zeros = lambda dtype: jnp.zeros(slots, dtype)
-    types = Settings(jnp.float32, jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.uint32)
+    types = Settings(jnp.float32, jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.uint32, jnp.float32)
     return Slots(
         cache=empty_rows(program, slots, capacity).cache,
         last=zeros(jnp.int32), drawn=zeros(jnp.int32), left=zeros(jnp.int32),
@@ -167,7 +167,10 @@ def _choose(
     log_probs = jax.nn.log_softmax(logits, axis=1)
     active = slots.left > 0
     of_tokens = lambda log_probs: jnp.take_along_axis(log_probs, tokens[:, None], axis=1)[:, 0]
-    drawn_log_probs = of_tokens(jax.nn.log_softmax(chosen_by, axis=1)) if tell.drawn else None
+    drawn_log_probs = None
+    if tell.drawn:
+        learnt_at = jnp.where(active & (slots.settings.temperature == 0), slots.settings.greedy_as, 1.0)
+        drawn_log_probs = of_tokens(jax.nn.log_softmax(chosen_by / learnt_at[:, None], axis=1))
     kept = packed(chosen_by > -jnp.inf) if tell.kept else None
     top_log_probs, top_ids = jax.lax.top_k(log_probs, top) if top else (logits[:, :0], tokens[:, None][:, :0])
     stopped = jnp.any(slots.stop_ids == tokens[:, None], axis=1)

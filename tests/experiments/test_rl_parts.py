@@ -255,6 +255,7 @@ def test_rows_have_what_was_drawn_where_it_is_a_target():
     assert batch["sampler_log_probs"].tolist() == [[0, 0, -1, -2, -3, -4, 0, 0, -5, -6, 0, 0]]
     assert batch["temperature"].tolist() == [0.5] and longest([record()]) == 10 and "kept" not in batch
     assert not arrays([record(counts=False)], 12, None)["loss_mask"].any()
+    assert arrays([record(temperature=0.0)], 12, None, greedy_as=0.25)["temperature"].tolist() == [0.25]
 
 
 def test_bits_and_a_trainers_log_probs_come_back_to_their_places():

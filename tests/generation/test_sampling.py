@@ -120,6 +120,7 @@ def test_padded_vocab_is_never_chosen():
         ({"repetition_penalty": 0.0}, "repetition_penalty must be positive and finite, got 0"),
         ({"temperature": -1.0}, "temperature must not be negative, got -1"),
         ({"temperature": float("nan")}, "temperature must not be negative, got nan"),
+        ({"greedy_as": 0.0}, "greedy_as must be a temperature above 0, got 0"),
         ({"top_k": -1}, "top_k must not be negative, got -1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0"),
         ({"min_p": 1.5}, r"min_p must be in \[0, 1\], got 1.5"),

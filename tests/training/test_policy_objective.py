@@ -36,7 +36,8 @@ MESHES = {
 PLAIN = SamplingConfig(max_new_tokens=14, temperature=1.0, top_p=1.0)
 SAMPLING = {
     "0.6": {"temperature": 0.6}, "1": {}, "1.3": {"temperature": 1.3}, "top_k": {"top_k": 5}, "top_p": {"top_p": 0.7},
-    "min_p": {"min_p": 0.1}, "all": {"temperature": 1.3, "top_k": 9, "top_p": 0.9, "min_p": 0.02}, "greedy": {"temperature": 0},
+    "min_p": {"min_p": 0.1}, "all": {"temperature": 1.3, "top_k": 9, "top_p": 0.9, "min_p": 0.02},
+    "greedy": {"temperature": 0, "greedy_as": 0.3},
 }  # fmt: skip
 ROWS, SEQ = 8, 24
 LENGTHS = (3, 1, 6, 8, 4, 2, 7, 5)
@@ -69,7 +70,7 @@ def first_pass():
     batch = {name: np.zeros((ROWS, SEQ), np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
     batch |= {name: np.zeros((ROWS, SEQ), np.float32) for name in ("loss_mask", "sampler_log_probs")}
     batch["advantages"] = rng.normal(size=(ROWS, 1)).astype(np.float32).repeat(SEQ, axis=1)
-    batch["temperature"] = np.array([sampling.temperature for _, sampling, _ in rollouts()], np.float32)
+    batch["temperature"] = np.array([sampling.temperature or sampling.greedy_as for _, sampling, _ in rollouts()], np.float32)
     batch["kept"] = np.zeros((ROWS, SEQ, 2), np.uint32)
     for row, (prompt, _, answer) in enumerate(rollouts()):
         ids = [*prompt, *answer.tokens]
