@@ -1,8 +1,8 @@
 """The runs of one's own sweep, recorded as small files: the laws fitted to them, what was held out, and probes of their ends.
 
 points.jsonl: an object a line with params, tokens and loss, as configs/scaling_sweep.py writes it; of architecture, held_out
-(true: chosen before any fit, and in none) and fitted (false: a seed or a rate more) what a run has. probes.jsonl, as configs/scaling_probes.py
-writes it: params, tokens, probe (what was done to the trained model) and loss (what it added, in nats).
+(true: chosen before any fit, and in none) and fitted (false: a seed or a rate more) what a run has. probes.jsonl, as
+configs/scaling_probes.py writes it: params, tokens, probe (what was done to the trained model) and loss (what it added, in nats).
 """
 
 import json
