@@ -54,14 +54,21 @@ class _Made(NamedTuple):
     figures: dict[str, float]
 
 
+def beside_training() -> bool:
+    """Whether a second thread may answer while the first one trains: where one process has one device, or a CPU's.
+
+    Elsewhere the two could hand programs to two devices in different orders, which would then wait for each other without end.
+    """
+    return jax.process_count() == 1 and (jax.device_count() == 1 or jax.default_backend() == "cpu")
+
+
 class RolloutBatches:
     """This host's rows of the global batches, without end; see `ObservingBatchIterator`.
 
     A batch of rollouts makes `RolloutsConfig.updates` batches of rows. Of every `mini_batches` prompts in a row each update of an
     epoch has one, so that it has the same prompts on any number of hosts. With lag 1 the next rollouts are made by the parameters
-    that the present ones were first learnt from by: in a thread of its own while that goes on, where one process has one device,
-    or a CPU's. Elsewhere two threads could hand programs to two devices in different orders, which would then wait for each other
-    without end; there they are made when they are wanted, behind the last update.
+    that the present ones were first learnt from by: in a thread of its own while that goes on, where that may be
+    (`beside_training`), and else when they are wanted, behind the last update.
 
     The state names the batches on disk that the next rows come from, so that a run goes on with the same rows to the bit.
 
@@ -82,8 +89,7 @@ class RolloutBatches:
         mine = rollouts.prompts // count
         self._slots = range(index * mine, (index + 1) * mine)
         self._files = Files(workdir, self._part)
-        threads = jax.process_count() == 1 and (jax.device_count() == 1 or jax.default_backend() == "cpu")
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "rollouts") if rollouts.lag and threads else None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "rollouts") if rollouts.lag and beside_training() else None
         self._batch, self._position, self._made = 0, rollouts.updates, 0
         self._now, self._ahead = _Made([], {}), None
         self._held: list[list[int]] = []

@@ -13,7 +13,7 @@ from data_pipelines.conversations import Conversation
 from data_pipelines.tasks import Problem, Step, registry
 from experiments import rl
 from experiments.answering import Answerer
-from experiments.rl import environments, sampler
+from experiments.rl import batches, environments, sampler
 from lfm_jax.interop import export_folder
 from lfm_jax.models import Decoder, ModelConfig, functional
 from lfm_jax.sharding import make_mesh
@@ -199,6 +199,13 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(folder, everything, tmp
     assert steps(tmp_path / "run") == steps(everything)
     assert parameters(tmp_path / "run") == parameters(everything) and parameters(everything)
     assert rollouts(tmp_path / "run", 3) == rollouts(everything, 3)
+
+
+def test_answers_that_are_made_when_they_are_wanted_are_those_of_a_thread(folder, everything, tmp_path, monkeypatch):
+    """Up to the first update from the second rollouts, which the first policy made."""
+    monkeypatch.setattr(batches, "beside_training", lambda: False)
+    assert learn(folder, tmp_path / "run", **{"train.steps": 5, "train.evaluate_every": 5}) == 0
+    assert steps(tmp_path / "run") == steps(everything)[:5]
 
 
 def test_what_can_be_learnt_is_learnt_and_what_cannot_is_cold(learned):
