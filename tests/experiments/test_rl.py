@@ -202,9 +202,9 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(folder, everything, tmp
 
 
 def test_answers_that_are_made_when_they_are_wanted_are_those_of_a_thread(folder, everything, tmp_path, monkeypatch):
-    """Up to the first update from the second rollouts, which the first policy made."""
+    """Up to the first update from the second rollouts, which the first policy made; no checkpoint wants them before."""
     monkeypatch.setattr(batches, "beside_training", lambda: False)
-    assert learn(folder, tmp_path / "run", **{"train.steps": 5, "train.evaluate_every": 5}) == 0
+    assert learn(folder, tmp_path / "run", **{"train.steps": 5, "train.evaluate_every": 5, "train.checkpoint_every": 5}) == 0
     assert steps(tmp_path / "run") == steps(everything)[:5]
 
 
