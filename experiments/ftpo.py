@@ -23,7 +23,7 @@ from data_pipelines.sources.text_files import find_text_files
 from experiments.accounting import run_accounted
 from experiments.export import ExportConfig
 from experiments.fine_tuning import Measure, begin, fine_tune
-from experiments.preference_data.files import read_lines
+from experiments.json_lines import read_lines
 from experiments.stages import Stage
 from lfm_jax.configuration import ConfigError, mistakes_in, to_mapping
 from lfm_jax.generation import MOST_TOP_LOG_PROBS

@@ -304,7 +304,7 @@ def test_what_is_imported_is_required():
     known = {
         called.get(canonical(line), canonical(line).replace("-", "_")) for lines in requirements().values() for line in lines
     }
-    known |= {"orbax", "tensorboardX", *sys.stdlib_module_names, *MAY_IMPORT, "run", "conftest"}
+    known |= {"orbax", "tensorboardX", *sys.stdlib_module_names, *MAY_IMPORT, "run", "conftest", "rl_places"}
     unknown = {(name(path), package) for path in SOURCES for package in imported(path) - known}
     assert not unknown
 

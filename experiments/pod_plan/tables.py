@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from experiments.markdown import markdown_table
 from experiments.pod_plan.figures import totals
 from experiments.report import format_figure
 
@@ -45,14 +46,6 @@ def headline(plans: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _table(columns: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """A Markdown table; a column is a name and a function from a row to its text."""
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    for row in rows:
-        lines.append(f"| {' | '.join(cell(row) for cell in columns.values())} |")
-    return lines
-
-
 def _number(name: str, scale: float = 1, digits: int = 2):
     def cell(row: dict[str, Any]) -> str:
         return "" if row.get(name) is None else f"{row[name] / scale:,.{digits}f}"
@@ -82,7 +75,7 @@ def markdown(plans: list[dict], trials: list[dict], remedies: list[dict], publis
         "rows x context": lambda row: f"{row['rows']} x {row['seq_len']:,}", "layout": layout,
     }  # fmt: skip
     cost = {"days": _number("days", digits=1), "chip-hours": _number("chip_hours", digits=0)}
-    lines = ["## Plans", "", *_table({**what, **memory, **speed, **cost}, plans), ""]
+    lines = ["## Plans", "", *markdown_table({**what, **memory, **speed, **cost}, plans), ""]
     for plan in plans:
         if plan.get("breakdown"):
             lines += [f"### Where the time goes: {plan['preset']} on {plan['topology']}, {plan['seq_len']:,}", ""]
@@ -93,22 +86,22 @@ def markdown(plans: list[dict], trials: list[dict], remedies: list[dict], publis
             "measured": _number("measured_tokens_per_second_per_chip", digits=0),
             "estimate / measured": _number("estimate_over_measured"), "differs in": lambda row: row["notes"],
         }  # fmt: skip
-        lines += ["## Published runs", "", *_table({**what, **memory, **speed, **against}, published), ""]
+        lines += ["## Published runs", "", *markdown_table({**what, **memory, **speed, **against}, published), ""]
     if remedies:
         saved = {"remedy": lambda row: row["remedy"], "saves GiB": _number("saved_bytes", _GIB),
                  "peak GiB": _number("peak_bytes", _GIB), "fits": lambda row: "yes" if row["fits"] else "no"}  # fmt: skip
         about = {name: what[name] for name in ("preset", "slice")} | {"context": lambda row: f"{row['seq_len']:,}"}
-        lines += ["## Remedies where nothing fits", "", *_table({**about, **saved}, remedies), ""]
+        lines += ["## Remedies where nothing fits", "", *markdown_table({**about, **saved}, remedies), ""]
     if trials:
         outcome = {"outcome": lambda row: row["problem"] or "fits", "compiled in s": _number("compile_seconds", digits=0)}
-        lines += ["## Layouts tried", "", *_table({**what, **memory, **speed, **outcome}, trials), ""]
+        lines += ["## Layouts tried", "", *markdown_table({**what, **memory, **speed, **outcome}, trials), ""]
     return "\n".join(lines)
 
 
 def _breakdown(plan: dict[str, Any], most: int = 15) -> list[str]:
     columns = {"operation": lambda row: row["operation"], "place": lambda row: row["place"],
                "ms": _number("seconds", 1e-3), "%": _percent("share")}  # fmt: skip
-    return _table(columns, plan["breakdown"][:most])
+    return markdown_table(columns, plan["breakdown"][:most])
 
 
 def plot(rows: list[dict[str, Any]], path: epath.Path) -> None:

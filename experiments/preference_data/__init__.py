@@ -16,8 +16,9 @@ from rich.progress import track
 
 from data_pipelines.tasks import Split
 from experiments.answering import Answerer
+from experiments.json_lines import write_lines
 from experiments.judges import Judge, JuryConfig, absolute_score, ask, make_jury
-from experiments.preference_data.files import is_made, write_lines
+from experiments.preference_data.files import is_made
 from experiments.preference_data.pairs import Candidate, Choice, Rule, choose_pair, combined
 from experiments.preference_data.prompts import Prompt, Source, fingerprint, shards
 from experiments.results import write_json, write_results

@@ -1,8 +1,7 @@
-"""The files of a shard: written whole or not at all, and the one that says that a shard is there."""
+"""The file that says that a shard is there."""
 
 import json
-import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -26,18 +25,3 @@ def is_made(path: epath.Path, about: Mapping[str, Any]) -> bool:
             "are by one policy on one list of prompts; take a new workdir."
         )
     return True
-
-
-def write_lines(path: epath.Path, records: Iterable[Mapping[str, Any] | None]) -> None:
-    """JSON lines, whole or not at all; None is left out."""
-    part = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    with part.open("w") as file:
-        for record in records:
-            if record is not None:
-                file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-    part.replace(path)
-
-
-def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """What `write_lines` wrote."""
-    return [json.loads(line) for line in path.read_text().split("\n") if line]

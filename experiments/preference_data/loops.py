@@ -15,7 +15,8 @@ from jax.experimental import multihost_utils
 from rich.progress import track
 
 from experiments.answering import Answerer
-from experiments.preference_data.files import is_made, read_lines, write_lines
+from experiments.json_lines import read_lines, write_lines
+from experiments.preference_data.files import is_made
 from experiments.results import write_json, write_results
 from experiments.stages import load_stage
 from lfm_jax.configuration import ConfigError, mistakes_in

@@ -1,14 +1,14 @@
 """Batches of rollouts on disk, everything in them, and as arrays to learn from, made of what is on disk and nothing else."""
 
 import base64
-import json
-import uuid
 import zlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
+
+from experiments.json_lines import read_lines, write_lines
 
 FOLDER = "rollouts"
 TRAINER = ("old_log_probs", "reference_log_probs")  # of the drawn tokens; computed when an answer is first learnt from
@@ -49,10 +49,7 @@ class Files:
 
     def write(self, batch: int, records: Sequence[dict[str, Any]]) -> None:
         """Whole or not at all; what was there is replaced."""
-        path = self._folder / f"{batch:06d}{self._ending}"
-        part = self._folder / f".{path.name}.{uuid.uuid4().hex}"
-        part.write_text("".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records))
-        part.replace(path)
+        write_lines(self._folder / f"{batch:06d}{self._ending}", records)
 
     def read(self, batch: int, slots: range) -> list[dict[str, Any]]:
         """The records of these slots, whichever hosts have written them.
@@ -60,8 +57,7 @@ class Files:
         Raises:
           ValueError: they are not there.
         """
-        lines = [line for path in self._of(batch) for line in path.read_text().split("\n") if line]
-        found = {record["slot"]: record for record in map(json.loads, lines)}
+        found = {record["slot"]: record for path in self._of(batch) for record in read_lines(path)}
         missing = [slot for slot in slots if slot not in found]
         if missing:
             path = self._folder / f"{batch:06d}.jsonl"

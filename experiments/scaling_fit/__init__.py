@@ -2,15 +2,12 @@
 
 import dataclasses
 import time
-from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from experiments.results import write_results
-from lfm_jax.configuration import ConfigError, mistakes_in
-
-_NEEDED = ("chinchilla/svg_extracted_data.csv", "overtraining/models", "overtraining/evals")
+from lfm_jax.configuration import mistakes_in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,13 +70,7 @@ def _published(config: Config, workdir: epath.Path, console: Any) -> dict[str, A
     from experiments.scaling_fit import chinchilla_points, overtrained_models, parity, published_data, repeated_runs, tables
     from experiments.scaling_fit.pictures import plot
 
-    folder = Path(config.data)
-    missing = [name for name in _NEEDED if not (folder / name).exists()]
-    if missing:
-        raise ConfigError(
-            f"--config.data: {folder} has no {', '.join(missing)}; set LFM_JAX_DATA to the folder with the published data, "
-            "or give --config.points=FILE"
-        )
+    folder = published_data.folder_of(config.data, otherwise="--config.points=FILE")
     every, points = published_data.read_chinchilla(folder)
     models = published_data.read_overtraining(folder)
     with console.status(f"Chinchilla's points, {config.resamples} resamples"):

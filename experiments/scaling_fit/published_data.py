@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lfm_jax.configuration import ConfigError
 from lfm_jax.scaling import FLOPS_PER_PARAMETER_AND_TOKEN, Points, points
 
+NEEDED = ("chinchilla/svg_extracted_data.csv", "overtraining/models", "overtraining/evals")
 CORPORA = {"c4_original": "c4", "rpj": "red_pajama", "rw_original": "refined_web"}
 # By the file of an evaluation set, its name in the authors' code (scaling/constants.py).
 _EVALUATION_SETS = {
@@ -45,6 +47,24 @@ class Model(NamedTuple):
     def tokens(self) -> float:
         """D = M N."""
         return self.multiplier * self.params
+
+
+def folder_of(data: str, otherwise: str) -> Path:
+    """The folder with the published runs.
+
+    Args:
+      otherwise: what to do without them.
+    Raises:
+      ConfigError: something is not there.
+    """
+    folder = Path(data)
+    missing = [name for name in NEEDED if not (folder / name).exists()]
+    if missing:
+        raise ConfigError(
+            f"--config.data: {folder} has no {', '.join(missing)}; set LFM_JAX_DATA to the folder with the published data, "
+            f"or give {otherwise}"
+        )
+    return folder
 
 
 def read_chinchilla(folder: Path) -> tuple[Points, Points]:

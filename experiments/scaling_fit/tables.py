@@ -6,6 +6,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from experiments.markdown import markdown_table
+
 
 def parity(rows: list[dict[str, Any]]) -> Table:
     """Ours, published and the difference, for the terminal."""
@@ -49,7 +51,7 @@ def _parity(figures: dict[str, Any]) -> list[str]:
         "published": lambda row: _compared(row)[1], "difference": lambda row: _compared(row)[2],
         "printed": lambda row: "yes" if row["printed"] else "no",
     }  # fmt: skip
-    return ["## Ours and published", "", *_table(columns, figures["parity"])]
+    return ["## Ours and published", "", *markdown_table(columns, figures["parity"])]
 
 
 def _optima(figures: dict[str, Any]) -> list[str]:
@@ -62,7 +64,7 @@ def _optima(figures: dict[str, Any]) -> list[str]:
         "N*, 1e9": lambda row: f"{row['optimal_params'] / 1e9:.3g}",
     }  # fmt: skip
     title = "## Tokens per parameter at the optimum of Chinchilla's points"
-    return ["", title, "", *_table(columns, figures["tokens_per_parameter"])]
+    return ["", title, "", *markdown_table(columns, figures["tokens_per_parameter"])]
 
 
 def _predictions(figures: dict[str, Any]) -> list[str]:
@@ -73,7 +75,7 @@ def _predictions(figures: dict[str, Any]) -> list[str]:
         "from the true loss": _share("error_17_from_true_loss_error_share"),
     }  # fmt: skip
     title = "## Over-training: the larger models, predicted from five small ones"
-    return ["", title, "", *_table(columns, figures["overtraining_predictions"])]
+    return ["", title, "", *markdown_table(columns, figures["overtraining_predictions"])]
 
 
 def _doubts(figures: dict[str, Any]) -> list[str]:
@@ -107,7 +109,7 @@ def _doubts(figures: dict[str, Any]) -> list[str]:
         ("Least squares of ln L over all models of M >= 20 up to 0.41B", more, "overtraining_more_points"),
         ("Repetition: where 36 starts end on the 182 runs", minima, "repeated_data_minima"),
     )
-    return [line for title, columns, name in tables for line in ("", f"## {title}", "", *_table(columns, figures[name]))]
+    return [line for title, columns, name in tables for line in ("", f"## {title}", "", *markdown_table(columns, figures[name]))]
 
 
 def _text(key: str) -> Callable[[dict[str, Any]], str]:
@@ -124,8 +126,3 @@ def _share(key: str, form: str = "+.2%") -> Callable[[dict[str, Any]], str]:
 
 def _compared(row: dict[str, Any]) -> tuple[str, str, str]:
     return f"{row['ours']:.6g}", f"{row['published']:.6g}", f"{row['difference']:+.2g}"
-
-
-def _table(columns: dict[str, Callable[[dict[str, Any]], str]], rows: list[dict[str, Any]]) -> list[str]:
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return lines + [f"| {' | '.join(value(row) for value in columns.values())} |" for row in rows]

@@ -1,6 +1,5 @@
 """Probes of a sweep's ends: what rounding, noise and a new source cost a model, and how often it answers, by its tokens."""
 
-import json
 import time
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 from etils import epath
 
 from data_pipelines import load_tokenizer
+from experiments.json_lines import write_lines
 from experiments.results import write_results
 from experiments.scaling_probes import answers, fits, report
 from experiments.scaling_probes.config import Config
@@ -32,7 +32,7 @@ def main(config: Config, workdir: epath.Path) -> None:
     sweep = read_sweep(config.sweep)
     records = probe_all(config, sweep, workdir)
     figures = _figures(config, sweep, records)
-    (workdir / PROBES).write_text("".join(json.dumps(row) + "\n" for row in figures["probes"]))
+    write_lines(workdir / PROBES, figures["probes"])
     text = report.markdown(figures)
     (workdir / "scaling_probes.md").write_text(text)
     report.plot(figures, workdir / "scaling_probes.png")

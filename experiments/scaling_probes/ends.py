@@ -8,6 +8,7 @@ from etils import epath
 
 from data_pipelines.sources.known_entropy import KnownEntropyConfig
 from experiments import pretrain
+from experiments.json_lines import read_lines
 from experiments.results import FILE
 from experiments.scaling_sweep.runs import MANIFEST_FILE, RUNS
 from experiments.scaling_sweep.text import FOLDER as TEXT
@@ -57,8 +58,7 @@ def read_sweep(path: str) -> Sweep:
     record = json.loads((workdir / "config.json").read_text())
     folder = workdir if record["folder"] is None else epath.Path(record["folder"])
     ends, missing = [], []
-    for line in (workdir / MANIFEST_FILE).read_text().splitlines():
-        run = json.loads(line)
+    for run in read_lines(workdir / MANIFEST_FILE):
         if run["multiplier"] is None or run["apart"] or run["rate"] != 1 or run["architecture"] != "hybrid":
             continue
         if (folder / RUNS / run["name"] / FILE).exists():

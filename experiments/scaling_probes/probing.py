@@ -98,11 +98,13 @@ class _Bench:
         self._chances = answers.make_chances(self._functions, questions, mesh)
 
     def _in_file(self, rows: tuple) -> HeldOut | None:
-        """The model as a q4_0 file has it; None where its matrices do not divide into the blocks of that."""
+        """The model as a q4_0 file has it; None where its matrices do not divide into the blocks of that, which is said."""
         try:
-            return HeldOut(*self._text, model_functions(self.model, ComputeConfig(file_format="q4_0")), *rows)
-        except ValueError:
+            functions = model_functions(self.model, ComputeConfig(file_format="q4_0"))
+        except ValueError as error:
+            print(f"a width of {self.model.embed_dim} is not probed as a q4_0 file: {error}", flush=True)
             return None
+        return HeldOut(*self._text, functions, *rows)
 
     def loss(self, params: Tree, buffers: Tree) -> float:
         """In nats a token, of the sweep's held-out text."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from experiments.markdown import markdown_table
 from lfm_jax.scaling.precision import KUMAR
 
 Row = dict[str, Any]
@@ -29,7 +30,7 @@ def _kumar(row: Row) -> list[str]:
         return [*title, f"Not fitted to {row['ends']} ends: {row['not_fitted']}."]
     columns = {"constant": lambda each: each[0], "here": lambda each: f"{row['constants'][each[0]]:.3g}"}
     columns |= {"95 %": lambda each: _range(row["intervals_95"], each[0]), "published": lambda each: f"{each[1]:.4g}"}
-    return [*title, *_table(columns, list(published.items()))]
+    return [*title, *markdown_table(columns, list(published.items()))]
 
 
 def _exponents(figures: dict[str, Any]) -> list[str]:
@@ -42,7 +43,7 @@ def _exponents(figures: dict[str, Any]) -> list[str]:
     }  # fmt: skip
     rows = [*figures["exponents"], *figures["exponents_of_new_source"]]
     about = "ln(added) = c + gamma_D ln D - gamma_N ln N; for a new source, of the loss on it above the least that is possible."
-    return ["", "## What is added, over N and D", "", about, "", *_table(columns, rows)]
+    return ["", "## What is added, over N and D", "", about, "", *markdown_table(columns, rows)]
 
 
 def _trunks(rows: Sequence[Row]) -> list[str]:
@@ -55,7 +56,7 @@ def _trunks(rows: Sequence[Row]) -> list[str]:
     }  # fmt: skip
     if not rows:
         return ["", "No trunk has three ends yet: whether harm grows with M cannot be said."]
-    return ["", "## Over M, trunk by trunk", "", *_table(columns, rows)]
+    return ["", "## Over M, trunk by trunk", "", *markdown_table(columns, rows)]
 
 
 def _answers(figures: dict[str, Any]) -> list[str]:
@@ -72,14 +73,14 @@ def _answers(figures: dict[str, Any]) -> list[str]:
         "approach 1": lambda row: constants(row, "approach_1"), "errors 1 / 2": lambda row: error(row, "fitted_error_share"),
         "held out": lambda row: error(row, "held_out_error_share"),
     }  # fmt: skip
-    lines = ["", "## Answers drawn k times (Roberts)", "", *_table(columns, figures["answer_laws"])]
+    lines = ["", "## Answers drawn k times (Roberts)", "", *markdown_table(columns, figures["answer_laws"])]
     curves = figures["answer_curves"]
     if not curves:
         return lines
     of_samples: dict[str, Callable[[Row], str]] = {"-ln pass@k of the longest": lambda row: row["name"]}
     for place, samples in enumerate(curves[0]["samples"]):
         of_samples[f"k {samples}"] = lambda row, place=place: f"{row['task_loss'][place]:.4f}"
-    return [*lines, "", *_table(of_samples, curves)]
+    return [*lines, "", *markdown_table(of_samples, curves)]
 
 
 def _budgets(rows: Sequence[Row]) -> list[str]:
@@ -99,7 +100,7 @@ def _budgets(rows: Sequence[Row]) -> list[str]:
     }  # fmt: skip
     if not rows:
         return ["", "No training budget has ends of two sizes yet: which size answers best cannot be said."]
-    return ["", "## The best size at fixed budgets", "", *_table(columns, rows)]
+    return ["", "## The best size at fixed budgets", "", *markdown_table(columns, rows)]
 
 
 def _losses(figures: dict[str, Any]) -> list[str]:
@@ -112,16 +113,11 @@ def _losses(figures: dict[str, Any]) -> list[str]:
     for probe in dict.fromkeys(row["probe"] for row in rows):
         columns[probe] = lambda item, probe=probe: f"{item[1][probe]['loss']:+.4f}" if probe in item[1] else ""
     title = "## Each end: the loss before, and what each probe added, in nats a token"
-    return ["", title, "", about, "", *_table(columns, list(by_end.items()))]
+    return ["", title, "", about, "", *markdown_table(columns, list(by_end.items()))]
 
 
 def _range(intervals: dict[str, Any] | None, name: str) -> str:
     return "" if intervals is None else "{:.3g} to {:.3g}".format(*intervals[name])
-
-
-def _table(columns: dict[str, Callable[[Any], str]], rows: Sequence[Any]) -> list[str]:
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return lines + [f"| {' | '.join(value(row) for value in columns.values())} |" for row in rows]
 
 
 def plot(figures: dict[str, Any], path: epath.Path) -> None:

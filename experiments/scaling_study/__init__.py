@@ -7,11 +7,10 @@ from pathlib import Path
 from etils import epath
 
 from experiments.results import write_results
+from experiments.scaling_fit.published_data import folder_of
 from experiments.scaling_study import laws, report
 from experiments.scaling_study.costs import Costs
-from lfm_jax.configuration import ConfigError, mistakes_in
-
-_NEEDED = ("chinchilla/svg_extracted_data.csv", "overtraining/models", "overtraining/evals")
+from lfm_jax.configuration import mistakes_in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,13 +65,7 @@ def _laws(config: Config, workdir: epath.Path) -> tuple[laws.StudyLaw, ...]:
     """Fitted now or recorded; read back from the file either way, so that both give the same digits."""
     file = workdir / laws.FILE
     if config.data is not None:
-        folder = Path(config.data)
-        missing = [name for name in _NEEDED if not (folder / name).exists()]
-        if missing:
-            raise ConfigError(
-                f"--config.data: {folder} has no {', '.join(missing)}; set LFM_JAX_DATA to the folder with the published data, "
-                "or give --config.data=None for the recorded constants"
-            )
+        folder = folder_of(config.data, otherwise="--config.data=None for the recorded constants")
         laws.write(laws.fit(folder, config.resamples, config.seed), file, report.COMMAND)
     else:
         with mistakes_in("recorded"):

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from experiments.markdown import markdown_table
 from experiments.scaling_study import budgets, own_sweep, risks, tables
 from experiments.scaling_study.laws import RECORDED
-from experiments.scaling_study.tables import amount, beyond, number, of, percent, prose, table, text
+from experiments.scaling_study.tables import amount, beyond, number, of, percent, prose, text
 
 _Figures = dict[str, Any]
 
@@ -37,7 +38,7 @@ def losses(figures: _Figures) -> list[str]:
         *prose(f"""The mean error over Gadre et al.'s 17 tasks that goes with it for {budgets.SMALLEST}, by their printed
             constants, 123 times beyond their M. On larger models than were fitted that law is off by up to 10 %
             (docs/scaling_laws.md), more than all of these steps."""),
-        "", *table(errors, figures["errors"]),
+        "", *markdown_table(errors, figures["errors"]),
     ]  # fmt: skip
 
 
@@ -109,13 +110,13 @@ def several_answers(figures: _Figures, config: Any) -> list[str]:
         *prose(f"""How many answers of {budgets.SMALLEST} cost as much as one of a compute-optimal model, by Chinchilla's
             points: in FLOPs (2 N k, Roberts et al. 2026, arXiv 2604.01411), and on a device, where answers that are drawn
             together share the reading of the weights and each reads its own cache of {config.costs.context:,} tokens."""),
-        "", *table(answers, figures["answers_for_one"]), "",
+        "", *markdown_table(answers, figures["answers_for_one"]), "",
         *prose("""What k answers are worth depends on how much the questions differ. Roberts et al. take their chances to be
             Beta-distributed, and print no constants; so this is an illustration with a mean of 0.3 and three spreads,
             fitted to nothing (a small a + b: questions are easy or hopeless)."""),
-        "", *table(accuracy, chances), "",
+        "", *markdown_table(accuracy, chances), "",
         "What they measured with 2.56e19 FLOPs of training and 2e9 for a token of all answers (their table 1):", "",
-        *table(published, figures["answers_published"]), "",
+        *markdown_table(published, figures["answers_published"]), "",
         *prose("""pass@k takes a perfect judge of answers, which a program can be for sums and code, and nothing is for most
             of what users ask. 2 N k leaves out the prompt, the cache and memory's traffic. That a model of equal loss has
             equal chances in one answer is itself an assumption."""),
@@ -145,19 +146,19 @@ def hidden_risks(figures: _Figures) -> list[str]:
             of {low:,} to {high:,} on, OLMo-7B does not up to {risks.FINE_TUNING_UNHARMED_MULTIPLIER}; models of 15M to 90M
             show the same under noise in their weights, later with smaller rates. There is no law of it, so what 28T costs
             here is not known, only how far behind the onset lies."""),
-        "", *table(tuning, figures["fine_tuning"]), "",
+        "", *markdown_table(tuning, figures["fine_tuning"]), "",
         *prose("""**Rounding.** Nats that rounding after training adds, by Kumar et al. 2024 (GPTQ), whose authors call
             their constants unlikely to be useful elsewhere. That it grows with the tokens and falls with the size is the
             finding; the numbers at 28T are no forecast. Training with the rounding in it is the way out
             (docs/benchmarks/quantization_aware.md)."""),
-        "", *table(rounding, figures["rounding"]), "",
+        "", *markdown_table(rounding, figures["rounding"]), "",
         *prose("""**Repeated text.** Nats that fewer different tokens cost, of 28T seen, by Muennighoff et al. 2023 (at most
             178B different tokens there). It is little because little of the loss is left to tokens. When repetition harms,
             as it did in their longest runs, that law cannot say."""),
-        "", *table(repeated, figures["repetition"]), "",
+        "", *markdown_table(repeated, figures["repetition"]), "",
         *prose("""**A teacher.** The loss alone and with the best teacher, by Busbridge et al. 2025, N without embeddings,
             for distillation alone with all of the teacher's logits. What is gained early is gone by 28T."""),
-        "", *table(teachers, figures["teachers"]),
+        "", *markdown_table(teachers, figures["teachers"]),
     ]  # fmt: skip
 
 
@@ -200,7 +201,7 @@ def own(figures: _Figures, config: Any) -> list[str]:
     }  # fmt: skip
     about = """What was done to trained models, and how the loss that it adds goes with tokens and parameters, D^g_D / N^g_N
         (Kumar et al. have 0.51 and 0.34 for rounding)."""
-    return [*lines, "", *prose(about), "", *table(probes, figures["own_probe_exponents"])]
+    return [*lines, "", *prose(about), "", *markdown_table(probes, figures["own_probe_exponents"])]
 
 
 def _own_laws(rows: list[_Figures]) -> list[str]:
@@ -223,5 +224,5 @@ def _own_laws(rows: list[_Figures]) -> list[str]:
         "architecture": text("architecture"), "law": text("law"), "runs": text("points"), "constants, 95 %": constants,
         "error in the fit": lambda row: percent(row["fitted_error_share"], ".2f"), "on runs held out": held_out,
     }  # fmt: skip
-    fitted = table(columns, [row for row in rows if "not_fitted" not in row])
+    fitted = markdown_table(columns, [row for row in rows if "not_fitted" not in row])
     return [*fitted, "", *cannot] if cannot else fitted

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from experiments.markdown import markdown_table
 from experiments.scaling_study.laws import Estimate
 
 Row = dict[str, Any]
@@ -48,12 +49,6 @@ def percent(share: float, form: str) -> str:
     return f"{100 * share:{form}} %"
 
 
-def table(columns: dict[str, Cell], rows: list[Row]) -> list[str]:
-    """Header and rows; columns by their titles."""
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return lines + [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
-
-
 def prose(paragraph: str) -> list[str]:
     """The lines of a paragraph or of an item, however it was broken."""
     words, item = " ".join(paragraph.split()), paragraph.startswith("- ")
@@ -82,7 +77,7 @@ def fits(rows: list[Row]) -> list[str]:
         "E": of("E", estimate), "alpha": of("alpha", estimate), "beta": of("beta", estimate),
         "most tokens": of("most_tokens", amount), "most M": number("most_multiplier", ".0f"),
     }  # fmt: skip
-    return table(columns, rows)
+    return markdown_table(columns, rows)
 
 
 def optima(rows: list[Row]) -> list[str]:
@@ -92,14 +87,14 @@ def optima(rows: list[Row]) -> list[str]:
         "tokens a parameter": of("tokens_per_parameter", lambda value: estimate(value, ".3g")),
         "FLOPs": of("flops", power), "loss": of("loss", estimate),
     }  # fmt: skip
-    return table(columns, rows)
+    return markdown_table(columns, rows)
 
 
 def losses(rows: list[Row]) -> list[str]:
     """Loss by tokens; how far the last column is beyond the runs of the fit."""
     shown = ("1T", "4T", "10T", "20T", "28T", "limit")
     columns = {"law": text("law"), **{key: of(key, estimate) for key in shown}}
-    return table({**columns, "M beyond": beyond("multiplier"), "tokens beyond": beyond("tokens")}, rows)
+    return markdown_table({**columns, "M beyond": beyond("multiplier"), "tokens beyond": beyond("tokens")}, rows)
 
 
 def beyond(key: str) -> Cell:
@@ -111,7 +106,7 @@ def next_trillion(rows: list[Row]) -> list[str]:
     """Nats that a trillion tokens bring."""
     columns = {"law": text("law")}
     columns |= {f"{tokens} to {int(tokens[:-1]) + 1}T": of(tokens, lambda value: estimate(value, ".5f")) for tokens in NEXT}
-    return table({**columns, "10T to 28T": of("10T_to_28T", lambda value: estimate(value, ".4f"))}, rows)
+    return markdown_table({**columns, "10T to 28T": of("10T_to_28T", lambda value: estimate(value, ".4f"))}, rows)
 
 
 def same_gain(rows: list[Row], models: Sequence[str]) -> list[str]:
@@ -120,13 +115,14 @@ def same_gain(rows: list[Row], models: Sequence[str]) -> list[str]:
     for model in models:
         shares = {tokens: of(f"{tokens}_{model}_share", lambda value: percent(value, "+.2g")) for tokens in NEXT}
         columns |= {f"{model}, at {tokens}": cell for tokens, cell in shares.items()}
-    return table(columns, rows)
+    return markdown_table(columns, rows)
 
 
 def next_trillion_coupled(rows: list[Row]) -> list[str]:
     """By the law of Busbridge et al."""
     columns = {"model": text("model"), **{f"{tokens} to {int(tokens[:-1]) + 1}T": number(tokens, ".5f") for tokens in NEXT}}
-    return table({**columns, "10T to 28T": number("10T_to_28T", ".4f"), "tokens beyond": of("beyond_tokens", times)}, rows)
+    columns |= {"10T to 28T": number("10T_to_28T", ".4f"), "tokens beyond": of("beyond_tokens", times)}
+    return markdown_table(columns, rows)
 
 
 def equals(rows: list[Row]) -> list[str]:
@@ -140,13 +136,13 @@ def equals(rows: list[Row]) -> list[str]:
         "pays from, served": of("break_even_tokens", powers), "pays from, on devices": of("break_even_tokens_on_devices", powers),
         "right at, served": of("implied_demand", powers), "right at, on devices": of("implied_demand_on_devices", powers),
     }  # fmt: skip
-    return table(columns, rows)
+    return markdown_table(columns, rows)
 
 
 def demanded(rows: list[Row]) -> list[str]:
     """M by demand."""
     demands = [key for key in rows[0] if key != "law"]
-    return table({"law": text("law"), **{key: of(key, lambda value: estimate(value, ",.0f")) for key in demands}}, rows)
+    return markdown_table({"law": text("law"), **{key: of(key, lambda value: estimate(value, ",.0f")) for key in demands}}, rows)
 
 
 def trainers(rows: list[Row]) -> list[str]:
@@ -156,7 +152,7 @@ def trainers(rows: list[Row]) -> list[str]:
         "model FLOPs": of("model_flops", power), "chip-hours": number("chip_hours", ",.0f"),
         "days": number("days", ".1f"), "chip-hours a trillion": number("chip_hours_of_a_trillion", ",.0f"),
     }  # fmt: skip
-    return table(columns, rows)
+    return markdown_table(columns, rows)
 
 
 def devices(rows: list[Row]) -> list[str]:
@@ -167,7 +163,7 @@ def devices(rows: list[Row]) -> list[str]:
         "ms a token": number("milliseconds", ".1f"), "tokens/s": number("tokens_per_second", ".0f"),
         "J a token": number("joules", ".3f"), "tokens a battery": number("battery_tokens", ",.0f"),
     }  # fmt: skip
-    return table(columns, rows)
+    return markdown_table(columns, rows)
 
 
 def totals(rows: list[Row], unit: str) -> list[str]:
@@ -178,4 +174,4 @@ def totals(rows: list[Row], unit: str) -> list[str]:
         "budget": text("budget"), "loss": number("loss", ".3f"),
         "training": of(f"training_{unit}", write), **{key.removeprefix(f"{unit}_"): of(key, write) for key in keys},
     }  # fmt: skip
-    return table(columns, rows)
+    return markdown_table(columns, rows)

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from rich.text import Text
 from data_pipelines.processes import end_with_parent
 from experiments import pretrain
 from experiments.chains import run_stage
+from experiments.json_lines import write_lines
 from experiments.results import FILE, write_json
 from experiments.scaling_sweep.grid import Run
 from experiments.scaling_sweep.text import FOLDER as TEXT
@@ -238,7 +238,7 @@ def write_manifest(runs: Iterable[Run], found: dict[str, Status], workdir: epath
                 "config": to_mapping(run.config),
             }
         )  # fmt: skip
-    _write_lines(workdir / MANIFEST_FILE, lines)
+    write_lines(workdir / MANIFEST_FILE, lines)
 
 
 def about(run: Run) -> dict[str, Any]:
@@ -267,10 +267,4 @@ def points_of(runs: Iterable[Run], found: dict[str, Status], floor: float) -> li
 
 def write_points(points: list[dict[str, Any]], workdir: epath.Path) -> None:
     """Writes points.jsonl: the ends of branches, which laws are about."""
-    _write_lines(workdir / POINTS_FILE, [point for point in points if point["multiplier"] is not None])
-
-
-def _write_lines(path: epath.Path, lines: list[dict[str, Any]]) -> None:
-    part = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    part.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
-    part.replace(path)
+    write_lines(workdir / POINTS_FILE, [point for point in points if point["multiplier"] is not None])

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-Columns = dict[str, Callable[[dict[str, Any]], str]]
+from experiments.markdown import markdown_table
 
 
 def markdown(figures: dict[str, Any]) -> str:
@@ -27,7 +27,7 @@ def _missing(figures: dict[str, Any]) -> list[str]:
     if not figures["missing"]:
         return []
     columns = {"run": _text("name"), "state": _text("state"), "failed attempts": _text("attempts")}
-    return ["", "## Missing, and in no fit", "", *_table(columns, figures["missing"])]
+    return ["", "## Missing, and in no fit", "", *markdown_table(columns, figures["missing"])]
 
 
 def _noise(figures: dict[str, Any]) -> list[str]:
@@ -51,7 +51,7 @@ def _laws(figures: dict[str, Any]) -> list[str]:
         "a": lambda row: _number(row.get("optimal_exponent")),
         "D/N": lambda row: _number(row.get("optimal_tokens_per_parameter")),
     }  # fmt: skip
-    lines = ["", "## Laws", "", *_table(columns, rows)]
+    lines = ["", "## Laws", "", *markdown_table(columns, rows)]
     for row in figures["laws"]:
         if "not_fitted" in row:
             lines += ["", f"Not fitted, {row['law'] or 'any'} ({_count(row)}): {row['not_fitted']}."]
@@ -70,7 +70,7 @@ def _held_out(figures: dict[str, Any]) -> list[str]:
         "95 % by noise": lambda row: _range((row.get("noise_low_95"), row.get("noise_high_95")), "{:+.2%}"),
         "within": lambda row: {True: "yes", False: "no"}.get(row.get("within_noise"), ""),
     }  # fmt: skip
-    return ["", "## Held out before fitting", "", *_table(columns, rows)]
+    return ["", "## Held out before fitting", "", *markdown_table(columns, rows)]
 
 
 def _optima(figures: dict[str, Any]) -> list[str]:
@@ -79,7 +79,7 @@ def _optima(figures: dict[str, Any]) -> list[str]:
         "FLOPs": lambda row: _number(row.get("flops")), "N*": lambda row: _number(row.get("params")),
         "D*/N*": lambda row: _number(row.get("tokens_per_parameter")), "": lambda row: row.get("not_found", ""),
     }  # fmt: skip
-    return ["", "## Optima without a law of the loss", "", *_table(columns, figures["optima"])]
+    return ["", "## Optima without a law of the loss", "", *markdown_table(columns, figures["optima"])]
 
 
 def _pairs(figures: dict[str, Any]) -> list[str]:
@@ -96,7 +96,7 @@ def _pairs(figures: dict[str, Any]) -> list[str]:
     lines = []
     for name, title in titles.items():
         if figures[name]:
-            lines += ["", f"## {title}", "", *_table(columns, figures[name])]
+            lines += ["", f"## {title}", "", *markdown_table(columns, figures[name])]
     return lines
 
 
@@ -107,7 +107,7 @@ def _ends(figures: dict[str, Any]) -> list[str]:
         "loss": lambda row: f"{row['loss']:.4f}", "above the source": lambda row: f"{row['excess_loss']:.4f}",
         "use": lambda row: "held out" if row["held_out"] else "fitted" if row["fitted"] else "",
     }  # fmt: skip
-    return ["", "## Points", "", *_table(columns, figures["ends"])]
+    return ["", "## Points", "", *markdown_table(columns, figures["ends"])]
 
 
 def _count(row: dict[str, Any]) -> str:
@@ -132,8 +132,3 @@ def _percent(share: float | None, sign: str = "") -> str:
 
 def _range(ends: Sequence[float | None] | None, form: str) -> str:
     return "" if ends is None or ends[0] is None else " to ".join(form.format(end).replace("%", " %") for end in ends)
-
-
-def _table(columns: Columns, rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return lines + [f"| {' | '.join(value(row) for value in columns.values())} |" for row in rows]

@@ -13,9 +13,9 @@ import run
 from data_pipelines import Document, TokenizerConfig, train_tokenizer
 from data_pipelines.conversations import CHAT_FORMATS, Conversation, ConversationEncoder
 from experiments import preference_data
+from experiments.json_lines import read_lines
 from experiments.judges import JuryConfig, make_jury
 from experiments.preference_data import Config, PairConfig, loops
-from experiments.preference_data.files import read_lines
 from experiments.preference_data.loops import looping_place, loops_of
 from experiments.preference_data.pairs import Candidate, Choice, choose_pair, combined
 from experiments.stages import load_stage, mesh_for

@@ -3,20 +3,14 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
+from rl_places import places, write_model
 
 import run
-from data_pipelines import Document, TokenizerConfig, train_tokenizer
-from data_pipelines.conversations import Conversation
-from data_pipelines.tasks import Problem, Step, registry
-from experiments import rl
-from experiments.answering import Answerer
-from experiments.rl import batches, environments, sampler
-from lfm_jax.interop import export_folder
-from lfm_jax.models import Decoder, ModelConfig, functional
-from lfm_jax.sharding import make_mesh
+from data_pipelines.tasks import Problem, Step
+from experiments.rl import batches
+from lfm_jax.models import ModelConfig
 from lfm_jax.training import Checkpoints, group_advantages, read_metrics
 
 MODEL = ModelConfig(
@@ -64,41 +58,19 @@ class Echo:
         return {"correct": float("e" in "".join(self._said)), "format": None}
 
 
-class OftenDone(Answerer):
-    """Every second symbol ends a turn, or a model with random weights would hardly end one."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        said = self.encoder.prompts([Conversation([{"role": "assistant", "content": "a"}])])[0].tolist()
-        self.stop_ids = tuple({*self.stop_ids, *(token for token in range(15, 330, 2) if token not in said)})
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model with random weights, whose generation_config has a penalty that must not reach the rollouts."""
     folder = tmp_path_factory.mktemp("rl")
-    text = "What is 3 + 4? Answer: 7\nSo did the cat. " * 50
-    train_tokenizer(TokenizerConfig(vocab_size=330), [Document(text, "a")], folder / "tokenizer")
-    functions, rng = functional(lambda rngs: Decoder(MODEL, rngs=rngs)), np.random.default_rng(0)
-    draw = lambda leaf: (rng.normal(0, 0.1, leaf.shape) + (len(leaf.shape) == 1)).astype(np.float32)
-    params, buffers = jax.tree.map(draw, functions.abstract_params), jax.tree.map(draw, functions.abstract_buffers)
-    export_folder(MODEL, params, buffers, folder / "model", tokenizer=folder / "tokenizer")
+    write_model(MODEL, folder)
     (folder / "model" / "MANIFEST.sha256").unlink()  # as a folder from elsewhere
     (folder / "model" / "generation_config.json").write_text(json.dumps({"repetition_penalty": 5.0, "temperature": 0.1}))
     return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
-def places():
-    """Environments of the tests, turns that end, and one device, which compiles in a third of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.TASKS, "bandit", Bandit())
-        patch.setitem(registry.TASKS, "never", Never())
-        own = environments.source_named
-        made = lambda name, turns: environments.Source("echo", 1, Echo, None) if name == "echo" else own(name, turns)
-        patch.setattr(rl, "source_named", made)
-        patch.setattr(rl, "mesh_for", lambda config, *rest: make_mesh(config, jax.devices()[:1]))
-        patch.setattr(sampler, "Answerer", OftenDone)
+def environments_of_these_tests():
+    with places(Echo, Bandit(), Never()):
         yield
 
 

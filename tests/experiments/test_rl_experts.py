@@ -5,20 +5,16 @@ import json
 import jax
 import numpy as np
 import pytest
+from rl_places import places, write_model
 
 import run
-from data_pipelines import Document, TokenizerConfig, train_tokenizer
-from data_pipelines.conversations import Conversation
-from data_pipelines.tasks import Problem, Step, registry
+from data_pipelines.tasks import Problem, Step
 from experiments import rl
-from experiments.answering import Answerer
-from experiments.rl import environments, sampler
 from experiments.rl.episodes import Episode
 from experiments.rl.records import arrays, decoded_routing, encoded_routing
 from experiments.stages import load_stage
 from lfm_jax.generation import Completion
-from lfm_jax.interop import export_folder
-from lfm_jax.models import ComputeConfig, Decoder, ModelConfig, MoEConfig, functional
+from lfm_jax.models import ComputeConfig, ModelConfig, MoEConfig
 from lfm_jax.sharding import MeshConfig, make_mesh
 from lfm_jax.training import read_metrics
 
@@ -72,32 +68,12 @@ class Echo:
         return {"correct": float("e" in "".join(self._said))}
 
 
-class OftenDone(Answerer):
-    """Every second symbol ends a turn, or a model with random weights would hardly end one."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        said = self.encoder.prompts([Conversation([{"role": "assistant", "content": "a"}])])[0].tolist()
-        self.stop_ids = tuple({*self.stop_ids, *(token for token in range(15, 330, 2) if token not in said)})
-
-
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """The workdir of a run on one device."""
     folder = tmp_path_factory.mktemp("rl_experts")
-    text = "What is 3 + 4? Answer: 7\nSo did the cat. " * 50
-    train_tokenizer(TokenizerConfig(vocab_size=330), [Document(text, "a")], folder / "tokenizer")
-    functions, rng = functional(lambda rngs: Decoder(MODEL, rngs=rngs)), np.random.default_rng(0)
-    draw = lambda leaf: (rng.normal(0, 0.1, leaf.shape) + (len(leaf.shape) == 1)).astype(np.float32)
-    params, buffers = jax.tree.map(draw, functions.abstract_params), jax.tree.map(draw, functions.abstract_buffers)
-    export_folder(MODEL, params, buffers, folder / "model", tokenizer=folder / "tokenizer")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.TASKS, "bandit", Bandit())
-        own = environments.source_named
-        made = lambda name, turns: environments.Source("echo", 1, Echo, None) if name == "echo" else own(name, turns)
-        patch.setattr(rl, "source_named", made)
-        patch.setattr(rl, "mesh_for", lambda config, *rest: make_mesh(config, jax.devices()[:1]))
-        patch.setattr(sampler, "Answerer", OftenDone)
+    write_model(MODEL, folder)
+    with places(Echo, Bandit()) as patch:
         make_step = rl.make_policy_log_probs_step
 
         def watched(*arguments, **options):

@@ -16,6 +16,7 @@ from experiments.scaling_fit import (
     published_data,
     repeated_runs,
 )
+from experiments.scaling_fit.published_data import NEEDED
 from lfm_jax.configuration import ConfigError
 from lfm_jax.scaling import chinchilla, huber_objective, points, repeated_data
 from lfm_jax.scaling.repeated_data import RepeatedData
@@ -27,7 +28,7 @@ ROUNDED = {"E": 0.006, "a": 0.6, "b": 0.6, "eta": 6e-4, "M*": 0.006}
 
 @pytest.fixture(scope="module")
 def data(published_data):
-    missing = [name for name in scaling_fit._NEEDED if not (published_data / name).exists()]
+    missing = [name for name in NEEDED if not (published_data / name).exists()]
     if missing:
         pytest.skip(f"no {missing} in {published_data}")
     return published_data

@@ -38,18 +38,18 @@ pytestmark = pytest.mark.usefixtures("quick_programs")
 ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 HELD_OUT = 512
 STILL = 1e-9  # a rate that changes nothing, so that nothing is forgotten
-FIRST, SECOND = "8x1/m20", "8x1-seed1/m20"
+FIRST, SECOND = "32x1/m2", "8x1/m20"
 
 
 @functools.cache
 def tiny_sweep():
-    """Two seeds of one layer, in one process."""
+    """Of two widths, the first of which divides into the blocks of a q4_0 file."""
     config = from_mapping(scaling_sweep.Config, run._read("configs/scaling_sweep.py:quick", []).settings)
     model = dataclasses.replace(config.pretrain.model, layer_types=("conv",))
-    trunks = tuple(TrunkConfig(embed_dim=8, layers=1, multipliers=(20,), seed=seed) for seed in (0, 1))
+    trunks = tuple(TrunkConfig(embed_dim=width, layers=1, multipliers=(last,)) for width, last in ((32, 2), (8, 20)))
     return dataclasses.replace(
         config, trunks=trunks, pretrain=dataclasses.replace(config.pretrain, model=model), train_tokens=20_000,
-        rules=RulesConfig(batch_exponent=0.0),
+        rules=RulesConfig(batch_exponent=0.0, warmup=0.25),
         held_out_tokens=HELD_OUT,
     )  # fmt: skip
 
@@ -94,6 +94,7 @@ def probed(tmp_path_factory):
         command, input=json.dumps(given), cwd=ROOT, env=os.environ | ONE_DEVICE, capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("a width of 8 is not probed as a q4_0 file: q4_0 has blocks of 32 weights") == 1
     return sweep, workdir
 
 
@@ -123,7 +124,9 @@ def test_losses_are_those_of_the_sweep_and_more_damage_costs_more(probed):
         record = record_of(workdir, end)
         assert record["loss"] == pytest.approx(read_results(sweep / "runs" / end)["nll_per_token"], rel=1e-6)
         added = {row["probe"]: row["loss"] for row in record["probes"]}
-        assert set(added) == {"rounded to 3 bits", "rounded to 8 bits", "noise 0.5"}, "a width of 8 has no block of q4_0"
+        in_file = {"q4_0"} if end == FIRST else set()
+        assert set(added) == {"rounded to 3 bits", "rounded to 8 bits", "noise 0.5"} | in_file
+        assert all(abs(added["rounded to 8 bits"]) < abs(added[name]) < abs(added["rounded to 3 bits"]) for name in in_file)
         assert abs(added["rounded to 8 bits"]) < 1e-3 < added["noise 0.5"]
         assert abs(added["rounded to 8 bits"]) < abs(added["rounded to 3 bits"])
         (noise,) = (row for row in record["probes"] if row["probe"] == "noise 0.5")
@@ -138,8 +141,8 @@ def test_losses_are_those_of_the_sweep_and_more_damage_costs_more(probed):
 def test_the_study_reads_the_probes(probed):
     _, workdir = probed
     found = own_sweep.study(workdir, resamples=2, seed=0)
-    names = ["rounded to 3 bits", "rounded to 8 bits", "noise 0.5", f"fine-tuned at {STILL:g}"]
-    assert found["own_probes"] == 8 and [row["probe"] for row in found["own_probe_exponents"]] == names
+    names = ["rounded to 3 bits", "rounded to 8 bits", "q4_0", "noise 0.5", f"fine-tuned at {STILL:g}"]
+    assert found["own_probes"] == 9 and [row["probe"] for row in found["own_probe_exponents"]] == names
     lines = [json.loads(line) for line in (workdir / "probes.jsonl").read_text().splitlines()]
     assert lines == read_results(workdir)["probes"]
     assert lines[0]["perturbed_loss"] == pytest.approx(lines[0]["loss"] + record_of(workdir, FIRST)["loss"])

@@ -12,6 +12,7 @@ from etils import epath
 from experiments import scaling_study
 from experiments.results import read_results
 from experiments.scaling_fit import published_data, repeated_runs
+from experiments.scaling_fit.published_data import NEEDED
 from experiments.scaling_study import Config, budgets, laws, own_sweep, report, risks, sections, use
 from experiments.scaling_study.costs import Costs
 from experiments.scaling_study.laws import Estimate, Range, StudyLaw
@@ -55,7 +56,7 @@ def test_the_recorded_report_is_what_the_recorded_runs_give(workdir):
 
 def test_the_recorded_laws_are_those_of_the_published_runs(published_data, found):
     """The first of the recorded resamples, which are the same however many follow."""
-    missing = [name for name in scaling_study._NEEDED if not (published_data / name).exists()]
+    missing = [name for name in NEEDED if not (published_data / name).exists()]
     if missing:
         pytest.skip(f"no {missing} in {published_data}")
     for ours, recorded in zip(laws.fit(published_data, 3, 42), found, strict=True):
@@ -68,8 +69,8 @@ def test_the_recorded_laws_are_those_of_the_published_runs(published_data, found
 
 
 def test_with_the_published_runs_the_laws_are_fitted_anew(published_data, tmp_path, found):
-    if any(not (published_data / name).exists() for name in scaling_study._NEEDED):
-        pytest.skip(f"not all of {scaling_study._NEEDED} in {published_data}")
+    if any(not (published_data / name).exists() for name in NEEDED):
+        pytest.skip(f"not all of {NEEDED} in {published_data}")
     fitted = scaling_study._laws(Config(data=str(published_data), resamples=2), epath.Path(tmp_path))
     assert [len(each.draws.E) for each in fitted] == [2, 2, 2, 2]
     np.testing.assert_allclose([each.law for each in fitted], [each.law for each in found], rtol=1e-4)
