@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lfm_jax.arrays import Mask, SegmentIds
 from lfm_jax.kernels import attention_gpu
-from lfm_jax.kernels.attention_reference import attention_reference
+from lfm_jax.kernels.attention_reference import attention_by_rows, attention_reference
 from lfm_jax.kernels.attention_tpu import LANES, splash_attention
 from lfm_jax.sharding import (
     constrain,
@@ -23,7 +23,7 @@ from lfm_jax.sharding import (
 _QUERIES = ("batch", "seq", "heads", None)
 _KEYS = ("batch", None, "kv_heads", None)  # every query looks at keys of the whole sequence
 
-AttentionImplementation = Literal["auto", "splash", "cudnn", "reference"]
+AttentionImplementation = Literal["auto", "splash", "cudnn", "rows", "reference"]
 
 
 def attention(
@@ -46,7 +46,7 @@ def attention(
       segment_ids: [batch, seq], documents; None: each row is one.
       window: positions that a query sees at most, itself included; None: all before it.
       implementation: "auto" (the platform's kernel where the shapes suit it), "splash" (the kernel for TPUs, emulated elsewhere),
-        "cudnn" (the one for NVIDIA's GPUs) or "reference" (XLA).
+        "cudnn" (the one for NVIDIA's GPUs), "rows" (XLA, in layouts that suit CPUs) or "reference" (XLA).
     Returns:
       [batch, seq, heads, head_dim].
     Raises:
@@ -62,7 +62,7 @@ def attention(
         elif on == "gpu" and cudnn_suits and attention_gpu.available():
             implementation = "cudnn"
         else:
-            implementation = "reference"
+            implementation = "rows" if on == "cpu" else "reference"
     if implementation == "splash" and not splash_suits:
         raise ValueError(
             f"splash attention takes sequences of a multiple of {LANES * shards} and heads of a multiple of 64, got {seq} and "
@@ -73,8 +73,11 @@ def attention(
             "cuDNN's attention takes whole sequences of even length in bfloat16 or float16, and heads of a multiple of 8 up to "
             f"128, got {seq} over {shards} devices in {query.dtype}, and {head_dim}; use 'reference'"
         )
-    if implementation == "reference":
-        return attention_reference(query, constrain(key, _KEYS), constrain(value, _KEYS), mask)
+    if implementation in ("rows", "reference"):
+        key, value = constrain(key, _KEYS), constrain(value, _KEYS)
+        if implementation == "rows":
+            return attention_by_rows(query, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3), mask)
+        return attention_reference(query, key, value, mask)
     if key.shape[2] % shard_count("kv_heads"):
         # Devices cannot have whole groups: every head gets its own copy of its keys.
         key, value = (jnp.repeat(array, query.shape[2] // key.shape[2], axis=2) for array in (key, value))

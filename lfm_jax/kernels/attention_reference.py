@@ -1,4 +1,4 @@
-"""Grouped-query attention in plain JAX: the specification of every kernel, and what CPUs and GPUs compute."""
+"""Grouped-query attention in plain JAX: the specification of every kernel, what GPUs compute, and the same in a CPU's layouts."""
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,11 @@ def attention_reference(query: jax.Array, key: jax.Array, value: jax.Array, mask
     return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(batch, queries, heads, head_dim)
 
 
-def cached_attention(query: jax.Array, keys: jax.Array, values: jax.Array, mask: Mask) -> jax.Array:
-    """`attention_reference` over a cache, in layouts that products of few rows read straight through.
+def attention_by_rows(query: jax.Array, keys: jax.Array, values: jax.Array, mask: Mask) -> jax.Array:
+    """`attention_reference` over a cache, or on a CPU, in layouts that products read straight through.
 
-    With [keys, head_dim] for the keys as well, XLA on CPUs takes nine times as long for the scores (docs/log.md, 2026-11-26).
+    With [keys, head_dim] for the keys as well, XLA on CPUs takes nine times as long for the scores of few rows, and two to three
+    times as long for a layer's training (docs/log.md, 2026-11-26). The largest score has no gradient: it cancels out.
 
     Args:
       query: [batch, queries, heads, head_dim]; keys: [batch, kv_heads, head_dim, keys];
@@ -39,7 +40,7 @@ def cached_attention(query: jax.Array, keys: jax.Array, values: jax.Array, mask:
     scores = jnp.einsum("bkrd,bkds->bkrs", rows, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
     visible = jnp.repeat(mask, heads // kv_heads, axis=1)[:, None]
     scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     out = jnp.einsum("bkrs,bksd->bkrd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     out = (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(values.dtype)
     out = out.reshape(batch, kv_heads, queries, -1, head_dim)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lfm_jax.arrays import Hidden
-from lfm_jax.kernels import attention, cached_attention
+from lfm_jax.kernels import attention, attention_by_rows
 from lfm_jax.models.cache import AttentionState, CacheBytes
 from lfm_jax.models.config import ComputeConfig, ModelConfig
 from lfm_jax.models.context import Context
@@ -60,7 +60,7 @@ class Attention(nnx.Module):
         if state is not None:
             state = _stored(state, key, value, context.slots[self.kind])
             key, value = state.keys.astype(self.dtype), state.values.astype(self.dtype)
-            out = cached_attention(query, key, value, context.masks[self.kind])
+            out = attention_by_rows(query, key, value, context.masks[self.kind])
         else:
             out = attention(
                 query, key, value, context.masks[self.kind], context.segment_ids,

@@ -8,7 +8,7 @@ import jax
 class AttentionState(NamedTuple):
     """Keys (after norm and rotation) and values; the row's token p is in slot p % capacity, so that the last `capacity` stay.
 
-    keys: [batch, kv_heads, head_dim, capacity]; values: [batch, kv_heads, capacity, head_dim]; see `cached_attention`.
+    keys: [batch, kv_heads, head_dim, capacity]; values: [batch, kv_heads, capacity, head_dim]; see `attention_by_rows`.
     """
 
     keys: jax.Array

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lfm_jax.arrays import Hidden, Positions, Tokens
 from lfm_jax.models.config import ComputeConfig, RopeConfig
 from lfm_jax.models.quantization import Matmul, QuantizedWeight, quantized_tensordot
-from lfm_jax.sharding import constrain, map_shards, shard_index, sum_shards
+from lfm_jax.sharding import constrain, map_shards, shard_count, shard_index, sum_shards, target_platform
 
 
 def compute_dtype(compute: ComputeConfig) -> jnp.dtype:
@@ -41,7 +41,8 @@ def project(
     """x times weight: `jnp.tensordot(x, weight, contracted)`, its gradients as matmuls that no layout makes slow.
 
     What autodiff derives for the weight is the transpose of the product below; XLA on CPUs copies an operand to undo that, and
-    then takes a slower matmul: a feed-forward layer took 2.5 times as long (docs/log.md, 2026-11-25).
+    then takes a slower matmul: a feed-forward layer took 2.5 times as long (docs/log.md, 2026-11-25). Over two axes of rows it
+    copies as well, and computes what the operand is made of in that copy, a value at a time; over one it does not.
 
     Args:
       x: [batch, seq, *inner]; weight: [*inner, *outer]; contracted: the number of inner axes; dtype: of the result, that of x
@@ -68,10 +69,11 @@ def _tensordot_backward(contracted: int, dtype: jnp.dtype | None, saved: tuple[j
     rows = tuple(range(x.ndim - contracted))
     outer = tuple(range(contracted, weight.ndim))
     outer_of_gradient = tuple(range(len(rows), gradient.ndim))
-    return (
-        jnp.tensordot(gradient, weight, (outer_of_gradient, outer), preferred_element_type=x.dtype),
-        jnp.tensordot(x, gradient, (rows, rows), preferred_element_type=weight.dtype),
-    )
+    by_x = jnp.tensordot(gradient, weight, (outer_of_gradient, outer), preferred_element_type=x.dtype)
+    if target_platform() == "cpu" and shard_count("seq") == 1:  # rows of a sequence that devices share are no one axis
+        x, gradient = (array.reshape(-1, *array.shape[len(rows) :]) for array in (x, gradient))
+        rows = (0,)
+    return by_x, jnp.tensordot(x, gradient, (rows, rows), preferred_element_type=weight.dtype)
 
 
 _tensordot.defvjp(_tensordot_forward, _tensordot_backward)

@@ -73,9 +73,21 @@ def test_splash_attention_of_rows_that_are_one_document():
     _assert_close(_run("splash", None, packed=False), _run("reference", None, packed=False), 1e-5)
 
 
-def test_splash_attention_in_bfloat16():
-    found, expected = (_run(each, None, dtype=jnp.bfloat16, seq=LONG) for each in ("splash", "reference"))
+@pytest.mark.parametrize("implementation", ["splash", "rows"])
+def test_attention_in_bfloat16(implementation):
+    found, expected = (_run(each, None, dtype=jnp.bfloat16, seq=LONG) for each in (implementation, "reference"))
     _assert_close(found, expected, 2**-6)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_the_layouts_of_cpus_change_nothing(window):
+    """Padding, which sees nobody, included."""
+    _assert_close(_run("rows", window), _run("reference", window), 1e-6)
+
+
+def test_a_cpu_takes_its_layouts():
+    for ours, theirs in zip(_run("auto", None), _run("rows", None), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 OVER_DEVICES = [
@@ -85,7 +97,7 @@ OVER_DEVICES = [
 ]
 
 
-@pytest.mark.parametrize("implementation", ["splash", "reference"])
+@pytest.mark.parametrize("implementation", ["splash", "rows", "reference"])
 @pytest.mark.parametrize("config, window", OVER_DEVICES)
 def test_heads_and_sequences_over_devices(implementation, config, window):
     _assert_close(_run(implementation, window, make_mesh(config)), _run("reference", window), 1e-5)

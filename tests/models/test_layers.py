@@ -38,6 +38,14 @@ def test_projection_and_its_gradients_equal_einsum(formula, x, weight, contracte
         np.testing.assert_allclose(wide(ours), theirs, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
+def test_a_cpu_copies_nothing_for_the_gradient_of_a_weight():
+    """A copy of an operand into another order, in which XLA computes what the operand is made of, value by value."""
+    x, weight, gradient = jnp.ones((8, 256, 192)), jnp.ones((192, 512)), jnp.ones((8, 256, 512))
+    by_weight = lambda x, weight, gradient: jax.vjp(lambda weight: project(jax.nn.silu(x), weight), weight)[1](gradient)
+    text = jax.jit(by_weight).lower(x, weight, gradient).compile().as_text()
+    assert "f32[192,2048]" not in text and "f32[2048,192]" in text
+
+
 def test_gradients_of_a_frequent_token_add_up_in_float32():
     """A sum of ones in bfloat16 would end at 256."""
     embedding = Embedding(8, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
