@@ -14,9 +14,9 @@ from experiments.results import write_results
 from experiments.scaling_sweep import fits, jobs, tables
 from experiments.scaling_sweep.grid import RulesConfig, Run, TrunkConfig, runs_of
 from experiments.scaling_sweep.pictures import plot
-from experiments.scaling_sweep.runs import Status, carry_out, points_of, seconds_of, write_points
+from experiments.scaling_sweep.runs import Status, carry_out, points_of, read_recorded, write_points
 from experiments.scaling_sweep.text import Known, prepare_text
-from lfm_jax.configuration import ConfigError, nearest
+from lfm_jax.configuration import ConfigError, mistakes_in, nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class Config:
     processes: runs worked on at a time, each by a process that keeps to one core; 1: one after the other, on all cores.
     draws: of losses with the noise of seeds, for the intervals. seed: of these.
     folder: where text and runs are; None: the workdir. only: a trunk's name: its runs are carried out, and nothing is fitted.
+    recorded: a runs.jsonl of this sweep from elsewhere; what is done by it is not done here.
     render: jobs are written, one for each trunk, and no run is carried out; the text is, which all of them read.
     """
 
@@ -46,6 +47,7 @@ class Config:
     seed: int = 0
     folder: str | None = None
     only: str | None = None
+    recorded: str | None = None
     render: bool = False
 
     def __post_init__(self):
@@ -82,7 +84,9 @@ def main(config: Config, workdir: epath.Path) -> None:
         write_results(workdir, {"jobs": len(trunks), "runs": len(runs)}, config)
         return
     chosen = [run for run in runs if config.only in (None, run.trunk.name)]
-    found = carry_out(chosen, folder, workdir, config.attempts, config.processes)
+    with mistakes_in("recorded"):
+        recorded = {} if config.recorded is None else read_recorded(epath.Path(config.recorded), runs)
+    found = carry_out(chosen, folder, workdir, config.attempts, config.processes, recorded)
     figures = _summary(chosen, found)
     if config.only is None:
         figures |= _fitted(config, runs, found, known, workdir)
@@ -116,7 +120,7 @@ def _summary(runs: list[Run], found: dict[str, Status]) -> dict[str, Any]:
         "tokens_trained": sum(map(own, shared)), "tokens_of_separate_runs": sum(map(whole, ends)),
         "flops_trained": work(shared, own), "flops_of_separate_runs": work(ends, whole),
         "saving_factor": work(ends, whole) / work(shared, own),
-        "run_seconds": sum(seconds_of(status) or 0.0 for status in found.values()),
+        "run_seconds": sum(status.seconds or 0.0 for status in found.values()),
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from rich.text import Text
 from data_pipelines.processes import end_with_parent
 from experiments import pretrain
 from experiments.chains import run_stage
-from experiments.json_lines import write_lines
+from experiments.json_lines import read_lines, write_lines
 from experiments.results import FILE, write_json
 from experiments.scaling_sweep.grid import Run
 from experiments.scaling_sweep.text import FOLDER as TEXT
@@ -41,11 +41,13 @@ _LOG_CHARACTERS = 2000
 
 class Status(NamedTuple):
     """Of a run. state: "done", "failed" (as often as is allowed), "blocked" (what it starts from has failed), "running" or
-    "waiting". attempts: those that failed, with the end of what each said. figures: of pretraining, of a run that is done."""
+    "waiting". attempts: those that failed, with the end of what each said. Of a run that is done, nll_per_token: on the held-out
+    text; seconds: by all the processes that worked on it."""
 
     state: str
     attempts: list[dict[str, Any]]
-    figures: dict[str, Any] | None
+    nll_per_token: float | None = None
+    seconds: float | None = None
 
 
 def run_one(run: Run, folder: epath.Path) -> dict[str, Any]:
@@ -70,14 +72,19 @@ def _refuse_other(place: epath.Path, wanted: dict[str, Any]) -> None:
     path = place / "config.json"
     if not path.exists():
         return
-    found = flatten({name: value for name, value in json.loads(path.read_text()).items() if name != "experiment"})
-    wanted = flatten(json.loads(json.dumps(wanted)))
-    names = [name for name in {**found, **wanted} if name not in _PLACES and found.get(name) != wanted.get(name)]
-    if names:
+    found = {name: value for name, value in json.loads(path.read_text()).items() if name != "experiment"}
+    if differences := _differences(found, wanted):
         raise ConfigError(
-            f"{place} holds a run with other settings: {names[0]} was {found.get(names[0])}, is {wanted.get(names[0])} "
-            f"({len(names)} such); take another --workdir, or delete the run's folder and those of the runs that start from it"
+            f"{place} holds a run with other settings: {differences[0]} ({len(differences)} such); take another --workdir, or "
+            "delete the run's folder and those of the runs that start from it"
         )
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Of the settings of a run, but for places."""
+    found, wanted = flatten(found), flatten(json.loads(json.dumps(wanted)))
+    names = [name for name in {**found, **wanted} if name not in _PLACES and found.get(name) != wanted.get(name)]
+    return [f"{name} was {found.get(name)}, is {wanted.get(name)}" for name in names]
 
 
 def _copy_checkpoint(source: epath.Path, target: epath.Path) -> None:
@@ -97,28 +104,64 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
             path.copy(target / path.name, overwrite=True)
 
 
-def statuses(runs: Iterable[Run], folder: epath.Path, attempts: int, running: Iterable[str] = ()) -> dict[str, Status]:
+def read_recorded(path: epath.Path, runs: Iterable[Run]) -> dict[str, Status]:
+    """The runs that are done by a manifest of this sweep, which was carried out elsewhere.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is no manifest, or a run in it had other settings.
+    """
+    planned, found = {run.name: run for run in runs}, {}
+    try:
+        for line in read_lines(path):
+            if line["status"] == "done" and (run := planned.get(line["name"])) is not None:
+                if names := _differences(line["config"], to_mapping(run.config)):
+                    raise ValueError(f"{path}: {run.name} had other settings: {names[0]} ({len(names)} such)")
+                found[run.name] = Status("done", [], line["nll_per_token"], line["seconds"])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no {MANIFEST_FILE} of a sweep: {error!r}") from error
+    return found
+
+
+def statuses(
+    runs: Iterable[Run],
+    folder: epath.Path,
+    attempts: int,
+    running: Iterable[str] = (),
+    recorded: Mapping[str, Status] | None = None,
+) -> dict[str, Status]:
     """What has become of each run, by name; parents come before the runs that start from them.
 
-    attempts: a run that has failed as often is not tried again. running: names of those that are being carried out.
+    attempts: a run that has failed as often is not tried again. running: names of those that are being carried out. recorded:
+    what was done elsewhere.
     """
     found: dict[str, Status] = {}
     for run in runs:
+        if recorded and run.name in recorded:
+            found[run.name] = recorded[run.name]
+            continue
         place = folder / RUNS / run.name
         failures = json.loads((place / _ATTEMPTS).read_text()) if (place / _ATTEMPTS).exists() else []
         parent = found.get(run.parent or "")
         if (place / FILE).exists():
-            found[run.name] = Status("done", failures, json.loads((place / FILE).read_text()))
+            figures = json.loads((place / FILE).read_text())
+            seconds = math.fsum(row["seconds"] for row in figures["goodput"] if row["kind"] != "down")
+            found[run.name] = Status("done", failures, figures["nll_per_token"], seconds)
             continue
         state = "failed" if len(failures) >= attempts else "running" if run.name in running else "waiting"
         if parent is not None and parent.state in ("failed", "blocked"):
             state = "blocked"
-        found[run.name] = Status(state, failures, None)
+        found[run.name] = Status(state, failures)
     return found
 
 
 def carry_out(
-    runs: Sequence[Run], folder: epath.Path, workdir: epath.Path, attempts: int, processes: int
+    runs: Sequence[Run],
+    folder: epath.Path,
+    workdir: epath.Path,
+    attempts: int,
+    processes: int,
+    recorded: Mapping[str, Status] | None = None,
 ) -> dict[str, Status]:
     """Carries out what is not done: cheap runs first, each after the one that it starts from; what has become of them.
 
@@ -126,6 +169,7 @@ def carry_out(
       folder: of text and runs. workdir: of the manifest.
       attempts: as often a run is tried that ends in an error, over all calls; a process that was told to stop has not failed.
       processes: worked on at a time, each by a process that keeps to one core; 1: in this process, where an error ends it all.
+      recorded: what was done elsewhere.
 
     Raises:
       ConfigError: a run's folder holds one with other settings.
@@ -139,7 +183,7 @@ def carry_out(
 
         def report(running: Iterable[Run]) -> dict[str, Status]:
             names = [run.name for run in running]
-            found = statuses(runs, folder, attempts, names)
+            found = statuses(runs, folder, attempts, names, recorded)
             write_manifest(runs, found, workdir)
             done = [name for name, status in found.items() if status.state == "done"]
             text = f"{len(done)} of {len(runs)} runs; {', '.join(names)}"
@@ -150,7 +194,8 @@ def carry_out(
             say = lambda text: progress.console.print(Text(text), soft_wrap=True)
             return _in_processes(runs, folder, processes, report, say)
         for run in runs:
-            report([run])
+            if report([run])[run.name].state == "done":
+                continue
             run_one(run, folder)
             jax.clear_caches()  # of programs that no other run has
         return report([])
@@ -217,12 +262,6 @@ def _work(run: Run, folder: str, number: int) -> None:
         run_one(run, epath.Path(folder))
 
 
-def seconds_of(status: Status) -> float | None:
-    """Of a run that is done, by all the processes that worked on it."""
-    spent = [] if status.figures is None else status.figures["goodput"]
-    return math.fsum(row["seconds"] for row in spent if row["kind"] != "down") if spent else None
-
-
 def write_manifest(runs: Iterable[Run], found: dict[str, Status], workdir: epath.Path) -> None:
     """Writes runs.jsonl: of each run what it is, what it starts from, its settings, and what has become of it."""
     lines = []
@@ -233,8 +272,7 @@ def write_manifest(runs: Iterable[Run], found: dict[str, Status], workdir: epath
                 "parent": run.parent, "first_step": run.start, "steps": run.steps, "own_tokens": run.own_tokens,
                 "status": status.state, "failed_attempts": len(status.attempts),
                 "error": status.attempts[-1]["log_end"] if status.attempts else None,
-                "seconds": seconds_of(status),
-                "nll_per_token": None if status.figures is None else status.figures["nll_per_token"],
+                "seconds": status.seconds, "nll_per_token": status.nll_per_token,
                 "config": to_mapping(run.config),
             }
         )  # fmt: skip
@@ -259,9 +297,9 @@ def points_of(runs: Iterable[Run], found: dict[str, Status], floor: float) -> li
     floor: the least loss on the held-out text, above which excess_loss is.
     """
     return [
-        about(run) | {"loss": status.figures["nll_per_token"], "excess_loss": status.figures["nll_per_token"] - floor}
+        about(run) | {"loss": loss, "excess_loss": loss - floor}
         for run in runs
-        if (status := found[run.name]).figures is not None
+        if (loss := found[run.name].nll_per_token) is not None
     ]
 
 

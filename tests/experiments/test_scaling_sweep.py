@@ -203,6 +203,34 @@ def test_what_is_done_is_not_run_again(swept):
         scaling_sweep.main(config, swept)
 
 
+def test_what_was_done_elsewhere_is_not_done_here(swept, tmp_path, monkeypatch):
+    """A part of a sweep, from its manifest alone: what is left needs the trunk, which is not here."""
+    monkeypatch.setattr(runs, "run_one", lambda run, folder: pytest.fail(f"{run.name} is carried out"))
+    manifest = swept / "runs.jsonl"
+    folder = {"folder": os.fspath(swept), "recorded": os.fspath(manifest)}
+    (swept / "runs").rename(swept / "elsewhere")
+    try:
+        scaling_sweep.main(tiny(**folder), epath.Path(tmp_path))
+    finally:
+        (swept / "elsewhere").rename(swept / "runs")
+    for name in ("points.jsonl", "runs.jsonl"):
+        assert (tmp_path / name).read_text() == (swept / name).read_text()
+    assert read_results(epath.Path(tmp_path))["run_seconds"] == read_results(swept)["run_seconds"] > 0
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    lines[0]["config"]["optimizer"]["b2"] = 0.9
+    other = tmp_path / "other.jsonl"
+    for content, message in (
+        (json.dumps(lines[0]), r"other.jsonl: 8x1/trunk-\d+ had other settings: optimizer.b2 was 0.9, is 0.95 \(1 such\)"),
+        ('{"name": 1}', "other.jsonl is no runs.jsonl of a sweep: KeyError"),
+        ("[", "other.jsonl is no runs.jsonl of a sweep: JSONDecodeError"),
+    ):
+        other.write_text(content)
+        with pytest.raises(ConfigError, match=f"--config.recorded: .*{message}"):
+            scaling_sweep.main(tiny(**folder | {"recorded": os.fspath(other)}), epath.Path(tmp_path))
+    with pytest.raises(ConfigError, match=r"--config.recorded: .*nowhere"):
+        scaling_sweep.main(tiny(**folder | {"recorded": os.fspath(tmp_path / "nowhere")}), epath.Path(tmp_path))
+
+
 def test_a_branch_of_a_trunk_that_is_gone_is_refused(tmp_path):
     branch = plan(tiny())["8x1/m20"]
     with pytest.raises(ConfigError, match=f"{branch.start:08d} is no checkpoint, and a run is to start from it"):
