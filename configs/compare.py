@@ -3,8 +3,9 @@
     python run.py --config=configs/compare.py --workdir=workdirs/comparison --config.runs=workdirs/a,workdirs/b
 
 Takes seconds, also of runs that are going on; the others are compared with the first. Writes loss.png, held_out.png,
-gradient_norm.png and tokens_per_second.png, by step and by tokens; in results.json and report.html, tables. Runs that logged the
-same to the last bit, times and rates aside, are said to be bit-equal.
+gradient_norm.png and tokens_per_second.png, by step and by tokens; in results.json and report.html, tables. Prints the
+first step at which two runs part and the settings that differ. Runs that logged the same to the last bit, times and rates aside,
+are said to be bit-equal.
 """
 
 from ml_collections import ConfigDict

@@ -7,12 +7,22 @@ import jax
 from etils import epath
 
 from experiments.results import write_results
+from lfm_jax.configuration import ConfigError
 from lfm_jax.training.goodput import Ledger, process_age, summary, table
 
 
 def run_accounted(config: Any, workdir: epath.Path, run: Callable[[Ledger], dict[str, Any]]) -> None:
-    """Runs a stage with a ledger for its time, says where that went, and writes it as `goodput` with the stage's figures."""
+    """Runs a stage with a ledger for its time, says where that went, and writes it as `goodput` with the stage's figures.
+
+    It is said of a run that is stopped or fails, too, but for a mistake in its settings.
+    """
     with Ledger(workdir, writes=jax.process_index() == 0, age=process_age()) as ledger:
-        figures = run(ledger)
+        try:
+            figures = run(ledger)
+        except ConfigError:
+            raise
+        except BaseException:
+            print(summary(ledger.seconds()))
+            raise
     print(summary(ledger.seconds()))
     write_results(workdir, {**figures, "goodput": table(ledger.seconds())}, config)

@@ -26,6 +26,8 @@ _PLOTS = {
     "tokens_per_second": ("train/tokens_per_second",),
 }
 _ABOUT = ("seed", "versions", "device")
+# Settings that differ, on the terminal.
+_TOLD = 12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,8 +69,9 @@ def main(config: Config, workdir: epath.Path) -> None:
         "last_logged": side_by_side(runs, _last_logged),
         "final_figures": side_by_side(runs, _final_figures),
     }
-    for row, _ in parting:
+    for run, (row, _) in zip(runs[1:], parting, strict=True):
         print(_sentence(row))
+        print(_set_otherwise(runs[0], run))
     write_results(workdir, figures, config)
 
 
@@ -212,6 +215,15 @@ def _sentence(row: Mapping[str, Any]) -> str:
         return f"{other} and {first}: bit-equal in {row['values_compared']} values, of {row['steps_compared']} steps"
     values = f"{row['figure']} is {row['first']} in {first} and {row['other']} in {other}"
     return f"{other} and {first}: they part at step {row['step']}, where {values} ({row['difference']})"
+
+
+def _set_otherwise(first: Run, other: Run) -> str:
+    rows = differences([first, other], lambda run: run.settings)
+    if not rows:
+        return f"{other.name} and {first.name}: no setting differs"
+    listed = [f"{row['name']} is {row[first.name]} in {first.name} and {row[other.name]} in {other.name}" for row in rows]
+    more = f"; and {len(rows) - _TOLD} more, in results.json" if len(rows) > _TOLD else ""
+    return f"{other.name} and {first.name}: {'; '.join(listed[:_TOLD])}{more}"
 
 
 def _curve(run: Run, names: Sequence[str]) -> tuple[str | None, dict[int, float]]:

@@ -12,7 +12,8 @@ from typing import Any
 from etils import epath
 
 from experiments.results import write_results
-from lfm_jax.configuration import ConfigError
+from lfm_jax.configuration import ConfigError, mistakes_in
+from lfm_jax.interop.export_manifest import check_file
 from lfm_jax.training.progress import LoopProgress
 
 _FOLDER = "/data/local/tmp"  # where adb may write and programs may run
@@ -78,6 +79,8 @@ def _files(config: Config) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise ConfigError(f"{file} is no file; gguf names a model, llama_bench the program that was built for the phone.")
+    with mistakes_in("gguf"):
+        check_file(files[0])
     return [*files, *sorted(files[1].parent.glob("*.so"))]
 
 

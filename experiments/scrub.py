@@ -15,11 +15,11 @@ from experiments.prepared_data import TOKENS
 from experiments.results import write_results
 from experiments.stages import CHECKPOINTS
 from lfm_jax.configuration import ConfigError
-from lfm_jax.interop.export_manifest import check_manifest
+from lfm_jax.interop.export_manifest import MANIFEST, check_manifest
 from lfm_jax.training import Checkpoints, read_metrics
 from lfm_jax.training.metrics import MetricsWarning
 
-EXPORT = "export/hf"
+EXPORTS = ("export/hf", "export", "export/gguf")
 _WHOLE = "whole"
 _UNFINISHED = "not finished, and not used"
 
@@ -73,8 +73,9 @@ def _look(run: epath.Path) -> list[tuple[str, str]]:
     for split in splits:
         read = lambda split=split: read_token_shards(run / TOKENS / split, check_contents=True)
         found.append((f"tokens of {split}", _state(read)))
-    if (run / EXPORT).exists():
-        found.append((EXPORT, _state(lambda: check_manifest(run / EXPORT))))
+    for export in EXPORTS:
+        if (run / export / MANIFEST).exists():
+            found.append((export, _state(lambda export=export: check_manifest(run / export))))
     found.append(("metrics.jsonl", _state(lambda: read_metrics(run))))
     return found
 

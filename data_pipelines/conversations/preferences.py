@@ -21,6 +21,7 @@ from data_pipelines.conversations.reading import (
     read_object,
     read_tools,
     split_fraction,
+    written,
 )
 from data_pipelines.loading.loader import (
     DatasetIterator,
@@ -108,7 +109,7 @@ def _parse(line: bytes, max_bytes: int) -> tuple[str, None]:
         raise BadRecord("no_pair", "the prompt ends with an assistant's message; give it as the beginning of both answers", line)
     if chosen == rejected:
         raise BadRecord("no_pair", "the chosen and the rejected answer are the same: nothing is preferred; remove it", line)
-    return json.dumps([prompt, chosen, rejected, tools]), None
+    return written([prompt, chosen, rejected, tools], line), None
 
 
 def _parted(record: dict[str, Any], line: bytes) -> tuple[list[Any], list[Any], list[Any]]:

@@ -19,6 +19,8 @@ _SHAREGPT_ROLES = {
     "observation": "tool", "function_call": "assistant",
 }  # fmt: skip
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+# Whoever copies, compares or writes a value goes down into it by recursion, and how deep that may go depends on who does.
+_MOST_DEPTH = 64
 
 
 class Conversation(NamedTuple):
@@ -109,7 +111,7 @@ def _parse(line: bytes, max_bytes: int) -> tuple[str, None]:
         messages, tools = _messages(record), read_tools(record.get("tools"))
     except Wrong as wrong:
         raise BadRecord(wrong.reason, str(wrong), line) from wrong
-    return json.dumps([messages, tools]), None
+    return written([messages, tools], line), None
 
 
 def read_object(line: bytes, max_bytes: int, expected: str) -> dict[str, Any]:
@@ -126,6 +128,32 @@ def read_object(line: bytes, max_bytes: int, expected: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise BadRecord("no_object", f"expected a JSON object with {expected}, got {type(record).__name__}", line)
     return record
+
+
+def written(read: list[Any], line: bytes) -> str:
+    """The JSON of what was read of a line, for `Record.text`. Arguments and tools may have been JSON within its JSON.
+
+    Raises:
+      BadRecord: a text in it is no UTF-8, or values lie too deep within each other.
+    """
+    text = json.dumps(read, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeError as error:
+        raise BadRecord("no_utf8", f"no UTF-8 ({error.reason}); repair or remove the record", line) from error
+    if text.count("[") + text.count("{") > _MOST_DEPTH and _depth(read) > _MOST_DEPTH:
+        raise BadRecord("no_json", f"more than {_MOST_DEPTH} lists and objects within each other; remove the record", line)
+    return text
+
+
+def _depth(value: list[Any]) -> int:
+    """How many lists and mappings are within each other."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inner = (each.values() if isinstance(each, dict) else each for each in level if each)
+        level = [value for values in inner for value in values if isinstance(value, list | dict)]
+    return depth
 
 
 class Wrong(Exception):

@@ -36,7 +36,7 @@ class Gsm8k:
         for at, line in enumerate(epath.Path(path).read_bytes().splitlines(), 1):
             try:
                 question, steps, problem = _read(line)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 expected = 'expected an object with "question" and "answer", which ends with "#### " and a number'
                 raise ValueError(f"{path}, line {at}: {expected}, got {line[:100].decode(errors='replace')!r}") from error
             self._problems[steps, split_of(question)].append(problem)
@@ -65,6 +65,7 @@ class Gsm8k:
 def _read(line: bytes) -> tuple[str, int, Problem]:
     """(the words of the question, the difficulty, the problem)."""
     row: Any = json.loads(line)
+    json.dumps(row, ensure_ascii=False).encode()  # "\ud800" is valid JSON
     worked, end, last = row["answer"].rpartition(_END)
     answer = number(last)
     if not end or answer is None:

@@ -1,73 +1,24 @@
 """The formats that are read from outside: a sound sample of each, what our reader makes of it, and cases made to do harm."""
 
 import gzip
-import hashlib
 import io
 import json
 import os
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
 
+from experiments.benchmarks.outside_cases import JSON_CASES, Format, always, digest_of, edited
+from experiments.benchmarks.outside_chats import CHATS
+
 _TEXTS = [f"Line {number} says caf\u00e9 {number * 7919 % 101}.\n" * (number % 5 + 1) for number in range(60)]
-_CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi 12"}]
-_TEMPLATE = """{{- bos_token -}}{%- set ns = namespace(n=0) -%}
-{%- for message in messages -%}{%- set ns.n = ns.n + 1 -%}
-{{- "<|im_start|>" + message.role + "\\n" + message.content | trim + "<|im_end|>\\n" -}}{%- endfor -%}
-{%- if ns.n > 100 -%}{{ raise_exception("more than 100 messages") }}{%- endif -%}
-{%- if add_generation_prompt -%}{{- "<|im_start|>assistant\\n" -}}{%- endif -%}
-"""
 _OVERRIDES = (
     "model.layer_types=conv,full_attention,conv", "model.full_rope.theta=1000000.0", "train.steps=2000", "loader.batch_size=(16)",
     "data.source=some/folder", "optimizer.learning_rate=0.004", "model.conv_bias=True", "model.sliding_window=None",
 )  # fmt: skip
-
-
-class Format(NamedTuple):
-    """A format.
-
-    make: writes a sample into a folder, of which `file` is then changed; None: any file of it. read: what our reader makes of the
-    folder, as text that is the same for the same meaning. digest: whether something in the folder says which bytes are right,
-    so that a different result is a silent fault. marker: what an error's text must contain, to say where the fault is.
-    crafted: name -> the sample's bytes to other bytes.
-    """
-
-    make: Callable[[epath.Path], None]
-    file: str | None
-    read: Callable[[epath.Path], str]
-    digest: bool
-    marker: str
-    crafted: Mapping[str, Callable[[bytes], bytes]]
-
-
-def _always(data: bytes | str) -> Callable[[bytes], bytes]:
-    return lambda _: data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
-
-
-def _digest(parts: Any) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
-
-
-def _edited(**changes: Any) -> Callable[[bytes], bytes]:
-    """Sets fields of a JSON object; None removes one."""
-    return lambda data: json.dumps(
-        {key: value for key, value in {**json.loads(data), **changes}.items() if value is not None}
-    ).encode()  # fmt: skip
-
-
-_DEEP = _always("[" * 200_000)
-_JSON = {
-    "deep": _DEEP, "deep_objects": _always('{"a":' * 200_000), "a_million_digits": _always("9" * 1_000_000),
-    "a_list": _always("[]"), "null": _always("null"), "nan": _always("NaN"), "empty": _always(""), "empty_object": _always("{}"),
-    "no_utf8": _always(b'{"\xff": 1}'), "hundred_megabytes": lambda _: b"[" + b"{}," * 33_000_000 + b"{}]",
-}  # fmt: skip
 
 
 def _move_up(folder: epath.Path) -> None:
@@ -96,7 +47,7 @@ def _read_overrides(folder: epath.Path) -> str:
 
 
 _OVERRIDE_CASES = {
-    name: _always(f"train.steps={text}")
+    name: always(f"train.steps={text}")
     for name, text in {
         "parentheses": "(" * 60_000, "minus": "-" * 60_000 + "1", "brackets": "[" * 5000 + "]" * 5000,
         "hexadecimal": "0x" + "f" * 60_000, "digits": "9" * 60_000, "unhashable": "{[]: 1}", "infinite": "1e999",
@@ -105,9 +56,9 @@ _OVERRIDE_CASES = {
     }.items()
 }  # fmt: skip
 _OVERRIDE_CASES |= {
-    "float_digits": _always("optimizer.learning_rate=" + "9" * 400), "float_infinite": _always("optimizer.learning_rate=1e999"),
-    "float_nan": _always("optimizer.learning_rate=nan"), "many_dots": _always("a." * 50_000 + "b=1"),
-    "mapping": _always("model.full_rope={1: 2}"), "tuple_hexadecimal": _always(f"model.layer_types=[0x{'f' * 60_000}]"),
+    "float_digits": always("optimizer.learning_rate=" + "9" * 400), "float_infinite": always("optimizer.learning_rate=1e999"),
+    "float_nan": always("optimizer.learning_rate=nan"), "many_dots": always("a." * 50_000 + "b=1"),
+    "mapping": always("model.full_rope={1: 2}"), "tuple_hexadecimal": always(f"model.layer_types=[0x{'f' * 60_000}]"),
 }  # fmt: skip
 
 
@@ -159,7 +110,7 @@ def _read_shards(folder: epath.Path) -> str:
 
     shards = read_token_shards(folder)
     about = (shards.documents, shards.tokens, shards.vocab_size, shards.text_bytes, shards.bad_records, shards.shards)
-    return _digest([about, *(shards[document].tobytes() for document in range(len(shards)))])
+    return digest_of([about, *(shards[document].tobytes() for document in range(len(shards)))])
 
 
 def _first_shard(**changes: Any) -> Callable[[bytes], bytes]:
@@ -171,15 +122,15 @@ def _first_shard(**changes: Any) -> Callable[[bytes], bytes]:
     return edit
 
 
-_INDEX_CASES = _JSON | {
+_INDEX_CASES = JSON_CASES | {
     "outside": _first_shard(file="../../../../etc/passwd"), "nul": _first_shard(file="tokens\0"),
-    "huge": _first_shard(documents=1 << 62), "negative": _first_shard(bytes=-1), "no_shards": _edited(shards=None),
-    "dtype": _edited(dtype="O"), "dtype_wide": _edited(dtype="<u4"), "infinite": _first_shard(difficulty=float("inf")),
-    "text": _first_shard(tokens="7"), "tokenizer": _edited(tokenizer=[]), "bad": _edited(records={"bad": {"a": "b"}}),
+    "huge": _first_shard(documents=1 << 62), "negative": _first_shard(bytes=-1), "no_shards": edited(shards=None),
+    "dtype": edited(dtype="O"), "dtype_wide": edited(dtype="<u4"), "infinite": _first_shard(difficulty=float("inf")),
+    "text": _first_shard(tokens="7"), "tokenizer": edited(tokenizer=[]), "bad": edited(records={"bad": {"a": "b"}}),
     "lengths_digest": _first_shard(lengths_sha256="0" * 64),
 }  # fmt: skip
 _RECORD_CASES = {
-    "first_64_kib": lambda data: data[: 1 << 16], "empty": _always(b""), "twice": lambda data: data + data,
+    "first_64_kib": lambda data: data[: 1 << 16], "empty": always(b""), "twice": lambda data: data + data,
     "zeros": lambda data: bytes(len(data)), "ones": lambda data: b"\xff" * len(data),
 }  # fmt: skip
 
@@ -190,8 +141,8 @@ def _npy(header: str, data: bytes = b"") -> bytes:
 
 
 _LENGTHS_CASES = {
-    "shape_bomb": _always(_npy("{'descr': '<u4', 'fortran_order': False, 'shape': (1000000000000,), }")),
-    "pickle": _always(_npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"\x80\x04N.")), "empty": _always(b""),
+    "shape_bomb": always(_npy("{'descr': '<u4', 'fortran_order': False, 'shape': (1000000000000,), }")),
+    "pickle": always(_npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"\x80\x04N.")), "empty": always(b""),
 }  # fmt: skip
 
 
@@ -238,7 +189,7 @@ def _read_model(folder: epath.Path) -> str:
 
     model = import_folder(folder, place=lambda _, array: array)
     leaves = jax.tree_util.tree_flatten_with_path(model.params)[0]
-    return _digest([model.config, *((str(path), leaf.tobytes()) for path, leaf in leaves)])
+    return digest_of([model.config, *((str(path), leaf.tobytes()) for path, leaf in leaves)])
 
 
 def _read_model_config(folder: epath.Path) -> str:
@@ -247,24 +198,24 @@ def _read_model_config(folder: epath.Path) -> str:
     return str(read_config(folder))
 
 
-_CONFIG_CASES = _JSON | {
-    "layers": _edited(num_hidden_layers=10**9, layer_types=None, full_attn_idxs=[1]),
-    "heads": _edited(num_attention_heads=0, head_dim=None),
-    "many_layers": _edited(num_hidden_layers=10_000, layer_types=None, full_attn_idxs=[1]), "rope": _edited(rope_parameters=[]),
-    "infinite": _edited(norm_eps=float("inf")), "nan": _edited(rope_theta=float("nan"), rope_parameters=None),
-    "vocabulary": _edited(vocab_size=2**62), "auto_map": _edited(auto_map={"AutoModel": "evil.Model"}),
-    "types": _edited(layer_types=[["conv"], {}]), "indices": _edited(layer_types=None, full_attn_idxs=["1", None]),
-    "experts": _edited(
+_CONFIG_CASES = JSON_CASES | {
+    "layers": edited(num_hidden_layers=10**9, layer_types=None, full_attn_idxs=[1]),
+    "heads": edited(num_attention_heads=0, head_dim=None),
+    "many_layers": edited(num_hidden_layers=10_000, layer_types=None, full_attn_idxs=[1]), "rope": edited(rope_parameters=[]),
+    "infinite": edited(norm_eps=float("inf")), "nan": edited(rope_theta=float("nan"), rope_parameters=None),
+    "vocabulary": edited(vocab_size=2**62), "auto_map": edited(auto_map={"AutoModel": "evil.Model"}),
+    "types": edited(layer_types=[["conv"], {}]), "indices": edited(layer_types=None, full_attn_idxs=["1", None]),
+    "experts": edited(
         model_type="lfm2_moe", num_experts=10**9, num_experts_per_tok=1, moe_intermediate_size=8, num_dense_layers=0
     ),
-    "multiplier": _edited(block_auto_adjust_ff_dim=True, block_ffn_dim_multiplier=1e308),
+    "multiplier": edited(block_auto_adjust_ff_dim=True, block_ffn_dim_multiplier=1e308),
     "digits": lambda data: data.replace(b"320", b"9" * 5000),
 }  # fmt: skip
 
 
 def _header(content: Any, payload: bytes = bytes(16)) -> Callable[[bytes], bytes]:
     text = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return _always(struct.pack("<Q", len(text)) + text + payload)
+    return always(struct.pack("<Q", len(text)) + text + payload)
 
 
 def _tensor(shape: list[Any], begin: int, end: int) -> dict[str, Any]:
@@ -272,7 +223,7 @@ def _tensor(shape: list[Any], begin: int, end: int) -> dict[str, Any]:
 
 
 _TENSOR_CASES = {
-    "length_2_63": _always(struct.pack("<Q", 1 << 63) + b"{}"),
+    "length_2_63": always(struct.pack("<Q", 1 << 63) + b"{}"),
     "header_99_megabytes": lambda _: _header(b'{"a":[' + b"{}," * 33_000_000 + b"{}]}")(b""),
     "overlap": _header({"a": _tensor([2], 0, 8), "b": _tensor([3], 4, 16)}),
     "hole": _header({"a": _tensor([1], 0, 4), "b": _tensor([1], 12, 16)}),
@@ -310,7 +261,7 @@ def _read_gguf(folder: epath.Path) -> str:
 
     header = read_gguf_header(folder / "model.gguf")
     values = (value.tobytes() if isinstance(value, np.ndarray) else ascii(value) for value in header.metadata.values())
-    return _digest([*header.metadata, *values, ascii(header.tensors)])
+    return digest_of([*header.metadata, *values, ascii(header.tensors)])
 
 
 def _gguf(entry: bytes, tensors: int = 0, entries: int = 1) -> Callable[[bytes], bytes]:
@@ -326,12 +277,12 @@ _GGUF_CASES = {
     "empty_texts": lambda _: _gguf(_gguf_list(8, 4_000_000, bytes(32_000_000)))(b""),
     "texts_2_40": _gguf(_gguf_list(8, 1 << 40)), "nested": _gguf(_gguf_list(9, 1, struct.pack("<IQ", 9, 1) * 10_000)),
     "truth": lambda _: _gguf(_gguf_list(7, 100_000_000, bytes(100_000_000)))(b""), "key_2_62": _gguf(struct.pack("<Q", 1 << 62)),
-    "tensors_2_63": _gguf(b"", 1 << 63, 0), "values_2_40": _gguf(b"", 0, 1 << 40), "empty": _always(b""),
+    "tensors_2_63": _gguf(b"", 1 << 63, 0), "values_2_40": _gguf(b"", 0, 1 << 40), "empty": always(b""),
     "shape_overflow": _gguf(struct.pack("<QcIQQIQ", 1, b"t", 2, 1 << 40, 1 << 40, 0, 0), 1, 0),
 }  # fmt: skip
 
 
-# Tokenizers and templates.
+# Tokenizers.
 
 
 def _make_tokenizer(folder: epath.Path) -> None:
@@ -353,7 +304,7 @@ def _read_tokenizer(folder: epath.Path) -> str:
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode_batch(_TEXTS, threads=1)
     special = (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-    return _digest([special, ids, *map(tokenizer.decode, ids)])
+    return digest_of([special, ids, *map(tokenizer.decode, ids)])
 
 
 def _added(**changes: Any) -> Callable[[bytes], bytes]:
@@ -367,47 +318,17 @@ def _added(**changes: Any) -> Callable[[bytes], bytes]:
 
 def _padding(length: int) -> Callable[[bytes], bytes]:
     fixed = {"strategy": {"Fixed": length}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
-    return _edited(padding={**fixed, "pad_token": "<|pad|>"})
+    return edited(padding={**fixed, "pad_token": "<|pad|>"})
 
 
 _GROW = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 10}
-_TOKENIZER_CASES = _JSON | {
-    "replace_12": _edited(normalizer={"type": "Sequence", "normalizers": [_GROW] * 12}), "padding_2_31": _padding(1 << 31),
-    "padding_2_62": _padding(1 << 62), "replace_3": _edited(normalizer={"type": "Sequence", "normalizers": [_GROW] * 3}),
-    "backtracking": _edited(normalizer={**_GROW, "pattern": {"Regex": "(a+)+$"}}), "added_4e9": _added(id=4_000_000_000),
-    "added_float": _added(id=1.5), "added_none": _edited(added_tokens=[None]), "added_infinite": _added(id=float("inf")),
+_TOKENIZER_CASES = JSON_CASES | {
+    "replace_12": edited(normalizer={"type": "Sequence", "normalizers": [_GROW] * 12}), "padding_2_31": _padding(1 << 31),
+    "padding_2_62": _padding(1 << 62), "replace_3": edited(normalizer={"type": "Sequence", "normalizers": [_GROW] * 3}),
+    "backtracking": edited(normalizer={**_GROW, "pattern": {"Regex": "(a+)+$"}}), "added_4e9": _added(id=4_000_000_000),
+    "added_float": _added(id=1.5), "added_none": edited(added_tokens=[None]), "added_infinite": _added(id=float("inf")),
     "id_2_32": lambda data: data.replace(b'"<0x00>":', b'"<0x00>":4294967295,"x":', 1),
     "same_ids": lambda data: data.replace(b'"<0x01>":16', b'"<0x01>":15', 1),
-}  # fmt: skip
-
-
-def _make_template(folder: epath.Path) -> None:
-    (folder / "chat_template.jinja").write_text(_TEMPLATE)
-
-
-def _read_template(folder: epath.Path) -> str:
-    from lfm_jax.interop import chat_template
-
-    file = folder / "chat_template.jinja"
-    template = file.read_bytes().decode("utf-8", "surrogateescape")
-    tokens = {"bos_token": "<|startoftext|>"}
-    return chat_template.render(template, _CHAT, add_generation_prompt=True, special_tokens=tokens, name=str(file))
-
-
-_TEMPLATE_CASES = {
-    name: _always(text)
-    for name, text in {
-        "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "power": "{{ 9**9**9**9 }}",
-        "range": "{{ range(10**9) }}", "memory": "{{ 'a'*10**10 }}", "class": "{{ ''.__class__.__mro__ }}",
-        "globals": "{{ raise_exception.__globals__ }}", "deep": "{{" + "(" * 100_000,
-        "namespace": "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
-        "macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "long": "a" * 2_000_000,
-        "raise": "{{ raise_exception('no') }}", "undefined": "{{ a.b.c }}", "import": "{% import 'os' as os %}",
-        "include": "{% include '/etc/passwd' %}", "format": "{{ '%999999999d' % 1 }}", "center": "{{ 'a' | center(999999999) }}",
-        "lipsum": "{{ lipsum(n=1000000) }}", "cycler": "{{ cycler.__init__.__globals__ }}",
-        "join": "{{ (['a' * 10**7] * 100) | join }}", "attr": "{{ '' | attr('__class__') }}",
-        "map": "{{ [''] | map(attribute='__class__') | list }}", "str_format": "{{ '{0.__class__}'.format(1) }}",
-    }.items()
 }  # fmt: skip
 
 
@@ -422,7 +343,7 @@ def _read_text(folder: epath.Path) -> str:
 
     ((name, path),) = find_text_files(folder)
     fields = Fields("text", None if name.endswith(".txt") else "n", 1 << 26)
-    return _digest(read_records(path, name, fields, None, None))
+    return digest_of(read_records(path, name, fields, None, None))
 
 
 def _parquet() -> bytes:
@@ -457,7 +378,7 @@ def _bomb(_: bytes) -> bytes:
 
 
 def _line(text: str) -> Callable[[bytes], bytes]:
-    return _always(text + "\n")
+    return always(text + "\n")
 
 
 _LINE_CASES = {
@@ -466,7 +387,7 @@ _LINE_CASES = {
     "infinite": _line('{"text": "a", "n": 1e999}'), "twice": _line('{"text": "a", "text": "b", "n": 1}'),
     "surrogate": _line('{"text": "\\ud800", "n": 1}'), "no_newline": lambda _: b'{"text": "' + b"a" * 500_000_000,
     "blanks": lambda _: b" " * 500_000_000, "objects": lambda _: b'{"n": 1, "text": [' + b"{}," * 22_000_000 + b"{}]}\n",
-    "nul": _always(bytes(1000)), "empty": _always(b""),
+    "nul": always(bytes(1000)), "empty": always(b""),
 }  # fmt: skip
 
 
@@ -476,7 +397,7 @@ def _text_format(file: str, sample: Callable[[], bytes], digest: bool, crafted: 
 
 FORMATS: dict[str, Format] = {
     "config overrides": Format(_make_overrides, "overrides", _read_overrides, False, "", _OVERRIDE_CASES),
-    "checkpoint manifest": Format(_make_checkpoint, "manifest.json", _read_checkpoint, True, "", _JSON),
+    "checkpoint manifest": Format(_make_checkpoint, "manifest.json", _read_checkpoint, True, "", JSON_CASES),
     "index of token shards": Format(_make_shards, "index.json", _read_shards, False, os.sep, _INDEX_CASES),
     "token shard (ArrayRecord)": Format(_make_shards, _SHARD, _read_shards, True, _SHARD, _RECORD_CASES),
     "lengths of a token shard": Format(_make_shards, _LENGTHS, _read_shards, True, _LENGTHS, _LENGTHS_CASES),
@@ -484,16 +405,12 @@ FORMATS: dict[str, Format] = {
     "safetensors, no manifest": Format(_make_bare_model, "model.safetensors", _read_model, False, os.sep, _TENSOR_CASES),
     "GGUF, header": Format(_make_gguf, "model.gguf", _read_gguf, False, "model.gguf", _GGUF_CASES),
     "export with its manifest": Format(_make_model, None, _read_model, True, os.sep, {}),
-    "tokenizer.json": Format(
-        _make_tokenizer_json, "tokenizer.json", _read_tokenizer, False, "tokenizer.json", _TOKENIZER_CASES
-    ),
+    "tokenizer.json": Format(_make_tokenizer_json, "tokenizer.json", _read_tokenizer, False, "tokenizer.json", _TOKENIZER_CASES),
     "SentencePiece model": Format(_make_tokenizer, "tokenizer.model", _read_tokenizer, False, "tokenizer.model", {}),
-    "chat template": Format(
-        _make_template, "chat_template.jinja", _read_template, False, "chat_template.jinja", _TEMPLATE_CASES
-    ),
+    **CHATS,
     "text": _text_format("a.txt", lambda: "".join(_TEXTS).encode(), False, {"huge": lambda _: b"a" * 500_000_000}),
     "JSON lines": _text_format("a.jsonl", lambda: _LINES, False, _LINE_CASES),
     "JSON lines, gzip": _text_format("a.jsonl.gz", lambda: gzip.compress(_LINES, mtime=0), True, {"bomb": _bomb}),
     "JSON lines, zstandard": _text_format("a.jsonl.zst", lambda: _zstd(_LINES), False, {"bomb": _zstd_bomb}),
-    "Parquet": _text_format("a.parquet", _parquet, False, {"magic": _always(b"PAR1" + bytes(100) + b"PAR1")}),
+    "Parquet": _text_format("a.parquet", _parquet, False, {"magic": always(b"PAR1" + bytes(100) + b"PAR1")}),
 }

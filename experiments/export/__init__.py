@@ -11,6 +11,7 @@ from experiments.export.huggingface import export_huggingface
 from experiments.results import write_results
 from experiments.stages import Stage, load_stage, mesh_for
 from lfm_jax.configuration import ConfigError, mistakes_in
+from lfm_jax.interop.export_manifest import MANIFEST, write_manifest
 from lfm_jax.models import ComputeConfig
 from lfm_jax.sharding import MeshConfig
 
@@ -65,6 +66,8 @@ class Config:
 def export_and_check(config: ExportConfig, stage: Stage, workdir: epath.Path) -> dict[str, Any]:
     """Writes export/ in the workdir, and compares each file with the model in the runtime that it is for.
 
+    Each folder with files has their SHA-256 in MANIFEST.sha256, written last.
+
     Returns:
       exports: a row for each file (`formats.Row`). hf_greedy_agrees, hf_logit_difference: of transformers, reading the folder
       (see `export_huggingface`).
@@ -74,8 +77,14 @@ def export_and_check(config: ExportConfig, stage: Stage, workdir: epath.Path) ->
     others = [name for name in dict.fromkeys(config.formats) if name != "hf"]
     if others:
         material = formats.Material(config, stage, folder, folder / "hf")
+        written = [folder, folder / formats.GGUF]
+        for each in written:
+            (each / MANIFEST).unlink(missing_ok=True)  # of an earlier export, with other files
         rows += [row for name in others for row in formats.EXPORTERS[name](material)]
         write_card(folder / "README.md", stage, rows)
+        for each in written:
+            if each.exists():
+                write_manifest(each, {})
     return {"exports": [row._asdict() for row in rows], **figures}
 
 

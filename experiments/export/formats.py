@@ -23,6 +23,7 @@ from lfm_jax.models import ComputeConfig
 if TYPE_CHECKING:
     from experiments.export import ExportConfig
 
+GGUF = "gguf"
 PROMPT = "The first line of the file says"
 _TEXTS = (PROMPT, "naïve café, 12,345.67 €\r\n\tdef f(x): return x**2  # 你好 🙂", " <|im_end|> two  spaces\n\n")
 _TIMED_PROMPT, _TIMED_NEW = 128, 32
@@ -119,7 +120,7 @@ def _gguf(material: Material) -> list[Row]:
     from lfm_jax.interop.gguf_file import TYPES, export_gguf
     from lfm_jax.interop.gguf_quantize import measure_importance, quantize_gguf
 
-    stage, folder, rows, importance = material.stage, material.folder / "gguf", [], None
+    stage, folder, rows, importance = material.stage, material.folder / GGUF, [], None
     folder.mkdir(parents=True, exist_ok=True)
     write = lambda kind: export_gguf(
         stage.config, stage.params, stage.buffers, folder / f"model-{kind}.gguf",

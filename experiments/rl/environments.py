@@ -80,7 +80,7 @@ def _trl(name: str, max_turns: int) -> Source:
 def _rows(path: epath.Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: rows are lines of JSON, and these cannot be read: {error}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a mapping in each line, of one line or more")

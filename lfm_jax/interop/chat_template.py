@@ -26,7 +26,7 @@ def read_template(path: epath.PathLike) -> tuple[str | None, dict[str, str]]:
       path: of the tokenizer's file or folder. The template is chat_template.jinja there, or that in tokenizer_config.json, or
         None.
     Raises:
-      ValueError: a tokenizer_config.json that cannot be used.
+      ValueError: a tokenizer_config.json, or a chat_template.jinja, that cannot be used.
     """
     path = epath.Path(path)
     folder = path if path.is_dir() else path.parent
@@ -34,14 +34,24 @@ def read_template(path: epath.PathLike) -> tuple[str | None, dict[str, str]]:
     settings = _settings(file)
     template = settings.get("chat_template", "")
     if isinstance(template, list):  # several by name
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get("default")
+        named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next(named, {}).get("template")
     if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text()
+        template = _text(folder / "chat_template.jinja")
     if not isinstance(template, str):
         raise ValueError(f"{file}: chat_template is no text; give a template, or remove the entry")
     special = {name: settings.get(name) for name in ("bos_token", "eos_token", "pad_token")}
     special = {name: token.get("content") if isinstance(token, dict) else token for name, token in special.items()}
     return template or None, {name: token for name, token in special.items() if isinstance(token, str)}
+
+
+def _text(file: epath.Path) -> str:
+    if file.stat().length > 4 * MOST_TEMPLATE_BYTES:
+        raise ValueError(f"{file} has {file.stat().length} bytes, which is no template; it is damaged")
+    try:
+        return file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 ({error.reason} at byte {error.start}); it is damaged") from error
 
 
 def _settings(file: epath.Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from lfm_jax.configuration import nearest
+from lfm_jax.interop.export_manifest import check_file
 from lfm_jax.interop.exported_file import (
     Conversation,
     ExportedFile,
@@ -112,9 +113,10 @@ def export_executorch(
 
 
 def open_executorch(path: str | os.PathLike) -> Conversation:
-    """A conversation with a file of `export_executorch`."""
+    """A conversation with a file of `export_executorch`. Raises ValueError if it is not what a manifest beside it says."""
     import torch
 
+    check_file(path)
     with quiet_libraries():
         from executorch.runtime import Runtime
 

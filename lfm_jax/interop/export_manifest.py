@@ -20,9 +20,10 @@ _ADVICE = "export or fetch the folder again"
 def write_manifest(folder: epath.Path, digests: Mapping[str, str]) -> None:
     """Writes MANIFEST.sha256, so that `sha256sum -c MANIFEST.sha256` in the folder checks it.
 
-    digests: SHA-256 of files that are known, by name; the others in the folder are read.
+    digests: SHA-256 of files that are known, by name; the others in the folder are read. Folders in it are none of its own.
     """
-    found = {file.name: digests.get(file.name) or _sha256(file) for file in folder.iterdir()}
+    files = [file for file in folder.iterdir() if file.name != MANIFEST and not file.is_dir()]
+    found = {file.name: digests.get(file.name) or _sha256(file) for file in files}
     (folder / MANIFEST).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(found.items())))
 
 
@@ -41,14 +42,30 @@ def check_manifest(folder: epath.Path) -> None:
     if unlisted:
         raise ValueError(f"{folder}: {unlisted[0]} is there, but {MANIFEST} does not list it; {_ADVICE}, or remove the file")
     for name, digest in listed.items():
-        file = folder / name
-        if not file.exists():
+        if not (folder / name).exists():
             raise FileNotFoundError(f"{folder}: {name} is missing, which {MANIFEST} lists; {_ADVICE}")
-        if _sha256(file) != digest:
-            raise ValueError(
-                f"{folder}: {name} is not the file that was exported (SHA-256); {_ADVICE}, or remove {MANIFEST} if the change is "
-                "meant"
-            )
+        _check(folder / name, digest)
+
+
+def check_file(path: epath.PathLike) -> None:
+    """Compares one file with the MANIFEST.sha256 beside it; does nothing where there is none, or it does not list the file.
+
+    Raises:
+      ValueError: it is not the one that was exported, or the manifest is damaged.
+    """
+    file = epath.Path(path)
+    if (file.parent / MANIFEST).exists() and file.exists():
+        digest = _read(file.parent / MANIFEST).get(file.name)
+        if digest is not None:
+            _check(file, digest)
+
+
+def _check(file: epath.Path, digest: str) -> None:
+    if _sha256(file) != digest:
+        raise ValueError(
+            f"{file.parent}: {file.name} is not the file that was exported (SHA-256); {_ADVICE}, or remove {MANIFEST} if the "
+            "change is meant"
+        )
 
 
 def _read(manifest: epath.Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from lfm_jax.interop.export_manifest import check_file
 from lfm_jax.interop.exported_file import ExportedFile, Reference, compare, finished, whole_file
 from lfm_jax.models import ComputeConfig, Decoder, ModelConfig, functional
 from lfm_jax.models.functional import Tree
@@ -75,8 +76,10 @@ def load_stablehlo(path: str | os.PathLike, params: Tree, buffers: Tree) -> Call
     """The compiled function tokens [batch, seq] int32 -> logits [batch, seq, vocab] of a file and its weights.
 
     Raises:
-      ValueError: the file is damaged, is for other platforms, or is of a model with other parameters; the text names the first.
+      ValueError: the file is damaged, is not what a manifest beside it says, is for other platforms, or is of a model with other
+        parameters; the text names the first.
     """
+    check_file(path)
     try:
         exported = export.deserialize(bytearray(pathlib.Path(path).read_bytes()))
     except Exception as error:  # of the reader of FlatBuffers, which has no class for it

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lfm_jax.interop.export_manifest import check_file
 from lfm_jax.interop.exported_file import (
     Conversation,
     ExportedFile,
@@ -58,9 +59,14 @@ def export_pt2(model: torch.nn.Module, path: str | os.PathLike, reference: Refer
 
 
 def open_pt2(path: str | os.PathLike) -> Conversation:
-    """A conversation with a file of `export_pt2`."""
+    """A conversation with a file of `export_pt2`, made here: PyTorch unpickles a part of it, so never open one from elsewhere.
+
+    Raises:
+      ValueError: it is not what a manifest beside it says.
+    """
     import torch
 
+    check_file(path)
     about = {_CAPACITY: ""}
     with quiet_libraries():
         program = torch.export.load(os.fspath(path), extra_files=about)
@@ -105,9 +111,10 @@ def export_onnx(model: torch.nn.Module, path: str | os.PathLike, reference: Refe
 
 
 def open_onnx(path: str | os.PathLike) -> Conversation:
-    """A conversation with a file of `export_onnx`, on the CPU."""
+    """A conversation with a file of `export_onnx`, on the CPU. Raises ValueError as `open_pt2`."""
     import onnxruntime
 
+    check_file(path)
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     first, *inputs = session.get_inputs()
     types = {"tensor(int64)": np.int64, "tensor(float)": np.float32}

@@ -140,26 +140,28 @@ class Watchman:
 
     def _end_if_too_many(self, step: int, action: str, text: str) -> None:
         config = self._config
+        more_of_them = f"train.trouble.limit={2 * config.limit + 1}"
         if action == "stop":
-            raise TrainingDiverged(f"{text}. {self._diagnosis()}")
+            raise TrainingDiverged(f"{text}. {self._diagnosis(step, 'train.trouble.non_finite=skip (or roll_back)')}")
         if action == "roll_back":
             self._roll_backs += 1
             if self._roll_backs > config.limit:
-                raise TrainingDiverged(f"{text}, after {config.limit} roll-backs. {self._diagnosis()}")
+                raise TrainingDiverged(f"{text}, after {config.limit} roll-backs. {self._diagnosis(step, more_of_them)}")
         if action == "skip":
             self._skipped = [each for each in (*self._skipped, step) if each > step - config.window]
             if len(self._skipped) > config.limit:
                 skipped = f"of the last {config.window} steps these were skipped: {', '.join(map(str, self._skipped))}"
-                raise TrainingDiverged(f"{text}; {skipped}. {self._diagnosis()}")
+                raise TrainingDiverged(f"{text}; {skipped}. {self._diagnosis(step, more_of_them)}")
 
-    def _diagnosis(self) -> str:
-        recent = [entry[1:] for entry in self._history][-16:]
+    def _diagnosis(self, step: int, past_it: str) -> str:
+        """past_it: the setting with which the run goes on."""
+        recent = [entry[1:] for entry in self._history if entry[0] < step][-16:]
         course = ", ".join(f"{loss:.4g} ({norm:.3g})" for loss, norm in recent) or "none"
         return (
             f"Loss (and gradient norm) of the steps before: {course}. The batches are in {self._folder} "
             "(configs/inspect_trouble.py decodes them), the checkpoints are of earlier steps. If the gradient grew step by step, "
             "a lower learning rate, a longer warm-up or clipping helps; if it came out of nothing, look at the batch: "
-            "--config.train.trouble.non_finite=skip (or roll_back) and --allow_config_change carry the run past it."
+            f"--config.{past_it} and --allow_config_change carry the run past it."
         )
 
     def _write(self, step: int, seen: tuple[float, ...], bounds: tuple[float, ...], action: str) -> None:

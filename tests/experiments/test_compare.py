@@ -102,7 +102,7 @@ def test_what_is_no_number_equals_itself_and_nothing_else(tmp_path):
     assert (row["step"], row["first"], row["other"], row["difference"]) == (4, None, 1.0, None)
 
 
-def test_settings_and_circumstances_that_differ_are_listed(tmp_path):
+def test_settings_and_circumstances_that_differ_are_listed_and_told(tmp_path, capsys):
     changed = {"train": {"seed": 1, "steps": 40}, "model": {"layer_types": ["conv"]}, "invocation": {}, "new": True}
     about = {"versions": ABOUT["versions"] | {"jax": "0.11"}, "device": ABOUT["device"] | {"platform": "tpu"}, "seed": 1}
     results = compare(
@@ -119,6 +119,16 @@ def test_settings_and_circumstances_that_differ_are_listed(tmp_path):
         {"name": "versions.jax", "a": "0.10.2", "b": "0.11"},
         {"name": "device.platform", "a": "cpu", "b": "tpu"},
     ]
+    told = capsys.readouterr().out
+    layers = "model.layer_types is conv, full_attention in a and conv in b"
+    assert f"b and a: train.seed is 0 in a and 1 in b; {layers}; new is (none) in a and True in b\n" in told
+    assert "going_on and a: no setting differs\n" in told
+
+
+def test_of_many_settings_that_differ_a_dozen_are_told(tmp_path, capsys):
+    many = {f"x{number}": number for number in range(13)}
+    compare(tmp_path / "c", make(tmp_path / "a"), make(tmp_path / "b", settings=many))
+    assert "x11 is (none) in a and 11 in b; and 1 more, in results.json\n" in capsys.readouterr().out
 
 
 def test_true_and_one_are_different_settings(tmp_path):

@@ -1,6 +1,7 @@
 """`configs/export.py` as a user runs it: three kinds of models in every format, each run in its runtime."""
 
 import json
+import subprocess
 
 import jax
 import numpy as np
@@ -62,6 +63,11 @@ def test_every_format_runs_in_its_runtime_and_agrees(name, tokenizer, tmp_path, 
         else:
             assert 1e-4 < row["max_difference"] < 5
     assert rows["model-Q4_0.gguf"]["bytes"] < rows["model-Q8_0.gguf"]["bytes"] < rows["model-F32.gguf"]["bytes"]
+    listed = ""
+    for folder in (tmp_path / "run" / "export" / name for name in ("hf", "gguf", ".")):
+        subprocess.run(["sha256sum", "-c", "--strict", "MANIFEST.sha256"], cwd=folder, check=True, capture_output=True)
+        listed += (folder / "MANIFEST.sha256").read_text()
+    assert all(f"  {file}\n" in listed for file in [*rows, "README.md"])
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert all(f"{row['file']} |" in card for row in rows.values()) and "1 conv, 1 full_attention" in card
     shown = capsys.readouterr().out

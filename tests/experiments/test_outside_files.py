@@ -16,7 +16,7 @@ SLOW = {"tokenizer.json": 8, "chat template": 6, "safetensors, no manifest": 25,
 # Files of hundreds of megabytes, and those that are stopped after seconds.
 LONG = {
     "hundred_megabytes", "header_99_megabytes", "no_newline", "blanks", "objects", "bomb", "huge", "million_tensors", "many_axes",
-    "loops", "lipsum", "replace_12", "join", "center", "format",
+    "many", "loops", "lipsum", "replace_12", "join", "center", "format",
 }  # fmt: skip
 
 

@@ -61,6 +61,12 @@ def test_a_dry_run_shows_the_commands_and_needs_no_phone(files, capsys):
     assert not (files / "log").exists() and not (files / "run" / "results.json").exists()
 
 
+def test_a_model_that_is_not_the_exported_one_is_not_pushed(files, capsys):
+    (files / "MANIFEST.sha256").write_text(f"{'0' * 64}  model.gguf\n")
+    assert run.main(_command(files)) == 2 and not (files / "log").exists()
+    assert "model.gguf is not the file that was exported" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -390,9 +390,10 @@ def test_environments_that_are_none_are_refused(name, message):
 
 
 def test_rows_that_are_none_are_refused(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("[1]\n")
-    with pytest.raises(ValueError, match="expected a mapping in each line"):
-        source_named(f"trl:{__name__}:Guess:{tmp_path / 'rows.jsonl'}", 2)
+    for text, message in (("[1]\n", "expected a mapping in each line"), ("[" * 100_000, "rows are lines of JSON, and these")):
+        (tmp_path / "rows.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            source_named(f"trl:{__name__}:Guess:{tmp_path / 'rows.jsonl'}", 2)
 
 
 @pytest.mark.parametrize(

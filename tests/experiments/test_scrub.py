@@ -37,7 +37,11 @@ def whole(tmp_path_factory) -> Path:
     (folder / "checkpoints" / "00000030" / "state.tmp").mkdir(parents=True)
     (folder / "export" / "hf").mkdir(parents=True)
     (folder / "export" / "hf" / "config.json").write_text('{"vocab_size": 32}')
-    write_manifest(epath.Path(folder / "export" / "hf"), {})
+    (folder / "export" / "gguf").mkdir()
+    (folder / "export" / "gguf" / "model-Q4_0.gguf").write_bytes(b"GGUF and more")
+    (folder / "export" / "model.pte").write_bytes(b"a program")
+    for export in ("export/hf", "export/gguf", "export"):
+        write_manifest(epath.Path(folder / export), {})
     (folder / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "train/loss": 3.0}\n')
     return folder
 
@@ -68,6 +72,8 @@ WHOLE = {
     "checkpoint of step 20": "whole",
     "checkpoint of step 30": "not finished, and not used",
     "export/hf": "whole",
+    "export": "whole",
+    "export/gguf": "whole",
     "metrics.jsonl": "whole",
 }
 
@@ -80,7 +86,7 @@ def test_damaged_metrics_are_found(folder):
 
 def test_a_whole_run_is_whole_and_its_steps_are_marked(folder):
     states, results = scrubbed(folder)
-    assert states == WHOLE and results["looked_at"] == 5 and results["damaged"] == 0
+    assert states == WHOLE and results["looked_at"] == 7 and results["damaged"] == 0
     marked = sorted(path.parent.name for path in (folder / "checkpoints").glob("*/verified"))
     assert marked == ["00000010", "00000020"]
     assert scrubbed(folder)[0] == WHOLE  # the marks are none of the files that were written
@@ -117,8 +123,10 @@ def flip_a_value(step: Path) -> None:
             "state/_CHECKPOINT_METADATA is missing",
         ),
         ("export/hf", lambda run: flip(run / "export/hf/config.json", b"vocab"), "config.json is not the file that was exported"),
+        ("export/gguf", lambda run: flip(run / "export/gguf/model-Q4_0.gguf", b"and"), "Q4_0.gguf is not the file that was"),
+        ("export", lambda run: (run / "export/model.pte").unlink(), "model.pte is missing, which MANIFEST.sha256 lists"),
     ],
-    ids=["value", "manifest", "missing", "export"],
+    ids=["value", "manifest", "missing", "export", "gguf", "program"],
 )  # fmt: skip
 def test_each_part_that_is_damaged_is_named(folder, what, damage, text):
     damage(folder)
@@ -138,7 +146,7 @@ def test_several_runs_are_looked_through(whole, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (folder / "export/hf/config.json").write_text("{}")
     states, results = scrubbed(folder, tmp_path / "empty")
-    assert states == {"metrics.jsonl": "whole"} and results["looked_at"] == 6 and results["damaged"] == 1
+    assert states == {"metrics.jsonl": "whole"} and results["looked_at"] == 8 and results["damaged"] == 1
 
 
 def test_tokens_are_read_whole(folder, monkeypatch):

@@ -1,10 +1,12 @@
 """Chat templates from outside: the text that transformers makes of them, and no harm from those that mean it."""
 
+import json
+
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lfm_jax.interop import chat_template
-from lfm_jax.interop.chat_template import render, render_many
+from lfm_jax.interop.chat_template import read_template, render, render_many
 from lfm_jax.interop.tokenizer_json import CHAT_TEMPLATE
 from lfm_jax.isolation.limits import LimitError
 
@@ -128,3 +130,23 @@ def test_much_to_render_has_more_time_and_memory(monkeypatch):
     (_, little), (size, much) = given
     assert (little.cpu_seconds, little.seconds, little.memory_bytes >> 20) == (3, 30, 512)
     assert (much.cpu_seconds, much.seconds, much.memory_bytes) == (3 + 24, 30 + 240, (1 << 29) + 32 * size)
+
+
+def test_of_several_templates_the_default_is_taken(tmp_path):
+    entries = [{"name": ["a"], "template": "a"}, None, {"name": "default", "template": "b"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": entries, "eos_token": {"content": "<|e|>"}}))
+    assert read_template(tmp_path) == ("b", {"eos_token": "<|e|>"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{{ bos_token }}\xff", r"chat_template.jinja is no UTF-8 \(invalid start byte at byte 15\); it is damaged"),
+        (b"a" * ((4 << 20) + 1), "chat_template.jinja has 4194305 bytes, which is no template"),
+    ],
+    ids=["no_utf8", "long"],
+)
+def test_a_file_that_is_no_template_is_named(content, message, tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_template(tmp_path)

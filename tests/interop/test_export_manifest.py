@@ -13,7 +13,7 @@ import transformers
 from etils import epath
 
 from lfm_jax.interop import export_folder, import_folder
-from lfm_jax.interop.export_manifest import check_manifest, write_manifest
+from lfm_jax.interop.export_manifest import check_file, check_manifest, write_manifest
 from lfm_jax.models import Decoder, ModelConfig, functional
 
 CONFIG = ModelConfig(
@@ -113,6 +113,38 @@ def test_other_files_may_be_added(folder):
     before = import_folder(folder)
     (folder / "README.md").write_text("a model")
     assert same_parameters(import_folder(folder), before)
+
+
+def test_a_file_is_checked_against_the_manifest_beside_it(tmp_path):
+    file = epath.Path(tmp_path) / "model.pte"
+    file.write_bytes(b"a program")
+    (tmp_path / "gguf").mkdir()
+    check_file(file)  # there is none
+    write_manifest(epath.Path(tmp_path), {})
+    write_manifest(epath.Path(tmp_path), {})  # neither itself nor a folder is in it
+    assert (tmp_path / "MANIFEST.sha256").read_text() == f"{hashlib.sha256(b'a program').hexdigest()}  model.pte\n"
+    check_file(file)
+    (tmp_path / "another.pte").write_bytes(b"of another day")
+    check_file(tmp_path / "another.pte")
+    file.write_bytes(b"a progran")
+    with pytest.raises(ValueError, match="model.pte is not the file that was exported .SHA-256."):
+        check_file(file)
+
+
+@pytest.mark.parametrize("read", ["open_pt2", "open_onnx", "open_executorch", "load_stablehlo"])
+def test_no_reader_opens_a_file_that_is_not_the_listed_one(read, tmp_path):
+    """None of them comes as far as to look into it."""
+    from lfm_jax.interop import executorch_file, stablehlo, torch_export
+
+    readers = {
+        "open_pt2": torch_export.open_pt2, "open_onnx": torch_export.open_onnx,
+        "open_executorch": executorch_file.open_executorch, "load_stablehlo": lambda path: stablehlo.load_stablehlo(path, {}, {}),
+    }  # fmt: skip
+    (tmp_path / "model").write_bytes(b"a program")
+    write_manifest(epath.Path(tmp_path), {})
+    (tmp_path / "model").write_bytes(b"a progran")
+    with pytest.raises(ValueError, match="model is not the file that was exported"):
+        readers[read](tmp_path / "model")
 
 
 DIGEST = "0" * 64

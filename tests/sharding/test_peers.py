@@ -176,7 +176,10 @@ def test_a_frozen_process_of_this_machine_is_ended_and_no_other():
     peers._kill_here([here | {"host": "elsewhere"}, here | {"born": "0"}])
     assert process.poll() is None
     peers._kill_here([here])
-    assert process.wait() == -signal.SIGKILL
+    try:
+        assert process.wait(60) == -signal.SIGKILL
+    finally:
+        process.kill()
 
 
 ALONE = """

@@ -15,8 +15,10 @@ from lfm_jax.sharding import MeshConfig, make_mesh
 from lfm_jax.training import (
     LossConfig,
     OptimizerConfig,
+    SilentCorruption,
     TrainConfig,
     checkpoint_manifest,
+    loop,
     make_optimizer,
     next_token_objective,
     train,
@@ -240,6 +242,21 @@ def test_the_record_up_to_a_checkpoint_is_safe_before_the_checkpoint_is(tmp_path
     assert [step for step, _ in held] == [4, 8, 12] and all(record >= step for step, record in held)
 
 
+def test_copies_are_compared_every_so_many_steps_and_before_each_checkpoint(tmp_path, monkeypatch):
+    """No checkpoint has what a comparison has found."""
+    compared = []
+
+    def check(state, mesh, step):
+        compared.append((step, int(state.step)))
+        if step == 8:
+            raise SilentCorruption("a device is broken")
+
+    monkeypatch.setattr(loop, "check_replicas", check)
+    with pytest.raises(SilentCorruption, match="a device is broken"):
+        run(tmp_path, config=dataclasses.replace(CONFIG, compare_replicas_every=3))
+    assert compared == [(step, step) for step in (3, 4, 6, 8)] and checkpoint_steps(tmp_path) == [4]
+
+
 class Observing(Batches):
     """Tokens that hang on the parameters they were made with, which it keeps."""
 
@@ -286,7 +303,7 @@ def test_a_run_whose_batches_are_made_by_its_model_resumes_bit_for_bit_the_same(
     _same_trees(batches.seen[0][1], observed[2].seen[6][1])
 
 
-def test_after_a_roll_back_batches_are_made_by_the_parameters_of_the_checkpoint(observed, tmp_path):
+def test_after_a_roll_back_batches_are_made_by_the_parameters_of_the_checkpoint(tmp_path):
     """The batch of step 6 is no number; the run goes back to step 4, and past that batch."""
 
     class Broken(Observing):
@@ -297,7 +314,7 @@ def test_after_a_roll_back_batches_are_made_by_the_parameters_of_the_checkpoint(
     batches, trouble = Broken(), TroubleConfig(non_finite="roll_back", replay=False)
     run(tmp_path, batches, config=dataclasses.replace(CONFIG, steps=8, trouble=trouble))
     steps = [step for step, _ in batches.seen]
-    back = steps.index(4, 5)
+    first, back = steps.index(4), steps.index(4, 5)
     assert set(steps[back:-3]) == {4} and steps[-4:] == [4, 5, 6, 7]
     for _, params in batches.seen[back:-3]:
-        _same_trees(params, observed[2].seen[4][1])
+        _same_trees(params, batches.seen[first][1])

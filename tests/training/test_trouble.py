@@ -243,6 +243,21 @@ def test_only_skipped_steps_count_towards_the_limit_of_them(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "last", "advice"),
+    [
+        ({"spike": "roll_back", "limit": 0}, 7.0, "train.trouble.limit=1"),
+        ({"spike": "skip", "limit": 0}, 7.0, "train.trouble.limit=1"),
+        ({"non_finite": "stop"}, math.nan, "train.trouble.non_finite=skip .or roll_back."),
+    ],
+)
+def test_the_diagnosis_is_of_the_steps_before_and_has_the_setting_to_go_on_with(settings, last, advice, tmp_path):
+    watcher = watchman(tmp_path, window=2, **settings)
+    course = rf"of the steps before: 1 \(1\), 1 \(1\), 1 \(1\)\. .*--config\.{advice} and --allow_config_change carry"
+    with pytest.raises(TrainingDiverged, match=course):
+        decisions(watcher, [(1.0, 1.0)] * 3 + [(last, 1.0)])
+
+
+@pytest.mark.parametrize(
     "changes, message",
     [
         ({"sigma": 0.0}, "sigma must be positive, got 0.0"),

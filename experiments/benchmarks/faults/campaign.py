@@ -131,7 +131,8 @@ def _strike(config: Config, folder: Path) -> list[dict[str, Any]]:
             guilty, others, word = _EXPECTED[kind]
             rows.append({
                 "kind": kind, "process": process, "step": step, "codes": ended.codes, "seconds": ended.seconds,
-                "overdue": ended.overdue, "newest_before": newest, "newest_after": after,
+                "seconds_to_word": ended.seconds_to_word, "overdue": ended.overdue,
+                "newest_before": newest, "newest_after": after,
                 "expected_codes": ended.codes[process] in guilty and ended.codes[1 - process] in others,
                 "told": kind not in _LATER and _names(ended.logs, kind, process, word),
             })  # fmt: skip
@@ -227,10 +228,11 @@ def _by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         grouped[row["kind"]].append(row)
     table = []
     for kind, of_kind in sorted(grouped.items()):
-        seconds = [row["seconds"] for row in of_kind if row["seconds"] is not None]
+        seconds, words = ([row[name] for row in of_kind if row[name] is not None] for name in ("seconds", "seconds_to_word"))
         table.append({
             "kind": kind, "times": len(of_kind),
             "seconds_median": statistics.median(seconds) if seconds else None, "seconds_most": max(seconds, default=None),
+            "seconds_to_word_most": max(words, default=None),
             "told": sum(row["told"] for row in of_kind), "expected_codes": sum(row["expected_codes"] for row in of_kind),
             "hung": sum(row["overdue"] for row in of_kind),
         })  # fmt: skip

@@ -20,13 +20,15 @@ DEVICES = 1  # of each process; more would wait for each other by turning in cir
 class Ended(NamedTuple):
     """How a run ended. codes, logs: of each process. seconds: from the fault to the last process's end; None if none struck.
 
-    overdue: it was ended by whoever waited for it.
+    overdue: it was ended by whoever waited for it. seconds_to_word: from the fault until a process said who or what is wrong;
+    None if none did.
     """
 
     codes: list[int]
     logs: list[str]
     seconds: float | None
     overdue: bool
+    seconds_to_word: float | None
 
 
 def run_together(arguments: list[str], fault: dict[str, Any], folder: Path, patience: float) -> Ended:
@@ -51,9 +53,11 @@ def run_together(arguments: list[str], fault: dict[str, Any], folder: Path, pati
                     command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
                 )
             )
-    deadline = time.monotonic() + patience
+    deadline, said = time.monotonic() + patience, None
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.02)
+        if said is None and any(line.startswith(b"run.py:") for path in paths for line in path.read_bytes().splitlines()):
+            said = time.time()
     now, overdue = time.time(), any(process.poll() is None for process in processes)
     for process in processes:
         if process.poll() is None:
@@ -61,7 +65,8 @@ def run_together(arguments: list[str], fault: dict[str, Any], folder: Path, pati
     codes = [process.wait() for process in processes]
     struck = json.loads(mark.read_text())["time"] if mark.exists() else None
     logs = [path.read_text(errors="replace") for path in paths]
-    return Ended(codes, logs, None if struck is None else now - struck, overdue)
+    since = lambda moment: None if struck is None or moment is None else moment - struck
+    return Ended(codes, logs, since(now), overdue, since(said))
 
 
 def _environment(index: int, job: int, folder: Path) -> dict[str, str]:

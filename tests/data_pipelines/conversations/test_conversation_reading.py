@@ -72,11 +72,15 @@ def _changed(**changes):
     return {"messages": [HI[0], HI[1] | changes]}
 
 
+NESTED = json.loads("[" * 62 + "]" * 62)
 BAD = [
     (b'{"messages": "\xff"}', "no_utf8", "no UTF-8"),
     (b'{"messages": [], "a": "\\ud800"}', "no_utf8", "no UTF-8 .surrogates not allowed"),
     (b'{"messages": [', "no_json", "no JSON"),
     (b"[" * 100_000, "no_json", "no JSON"),
+    (_changed(tool_calls=[{"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]), "no_utf8", "no UTF-8 .surrogates not"),
+    ({"messages": HI, "tools": '["\\ud800"]'}, "no_utf8", "no UTF-8 .surrogates not allowed"),
+    ({"messages": [*HI, {"role": "tool", "content": NESTED}]}, "no_json", "more than 64 lists and objects within each other"),
     (b"[1]", "no_object", "expected a JSON object with 'messages', got list"),
     ({"text": "Hi"}, "no_field", "expected a list 'messages' or 'conversations', got a record of 'text'"),
     ({"messages": {}}, "no_field", "expected a list 'messages'"),
@@ -110,6 +114,13 @@ def test_every_kind_of_bad_record_is_put_aside_and_the_good_ones_come_through(tm
     entries = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert [entry["reason"] for entry in entries] == [reason for _, reason, _ in BAD]
     assert quarantine.counts.seen == 2 * len(BAD)
+
+
+def test_values_may_lie_within_each_other_up_to_the_limit(tmp_path):
+    """And brackets in a text are no depth."""
+    messages = [*HI, {"role": "tool", "content": NESTED[0]}, {"role": "tool", "content": "[{" * 200}]
+    (found,) = _read(_write(tmp_path / "a.jsonl", [{"messages": messages}]))
+    assert found.messages == messages
 
 
 @pytest.mark.parametrize(("record", "reason", "message"), BAD, ids=range(len(BAD)))

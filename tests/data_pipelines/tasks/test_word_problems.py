@@ -119,6 +119,7 @@ def test_gsm8k_counts_a_percent_sign_as_a_unit(gsm8k):
     [
         "[]", "{}", "no JSON", '{"question": "How many?", "answer": "Five."}',
         '{"question": "How many?", "answer": "So\\n#### five"}', '{"question": 1, "answer": "So\\n#### 5"}',
+        "[" * 100_000, '{"question": "\\ud800", "answer": "So\\n#### 5"}',
     ],
 )  # fmt: skip
 def test_a_line_that_is_no_problem_is_named(tmp_path, line):
