@@ -181,8 +181,12 @@ def _check_workdir(path: Any, record: dict[str, Any], allow_change: bool) -> Non
         print(f"config changed in {path.parent}: {'; '.join(differences)}", flush=True)
 
 
-def _launch(scheduler: str, overrides: list[tuple[str, str]], values: flags.FlagValues, command: list[str]) -> None:
+def _launch(
+    scheduler: str, overrides: list[tuple[str, str]], values: flags.FlagValues, command: list[str], experiment: Any
+) -> None:
     """Writes or prints what runs `command`, the arguments of this program, on TPU slices.
+
+    experiment: its config.
 
     Raises:
       ConfigError: a mistake in the settings, or a config file that the container image does not hold.
@@ -202,7 +206,7 @@ def _launch(scheduler: str, overrides: list[tuple[str, str]], values: flags.Flag
         raise ConfigError(f"--launch.{error}") from error
     general = [f"--config={path.relative_to(ROOT).as_posix()}{colon}{argument}", f"--workdir={values.workdir}"]
     general += ["--allow_config_change"] * values.allow_config_change
-    rendered = render(scheduler, config, values.workdir, [*general, *command])
+    rendered = render(scheduler, config, values.workdir, [*general, *command], experiment)
     if values.dry_run:
         for name, content in rendered.files.items():
             print(f"# {name}", content, sep="\n")
@@ -261,7 +265,8 @@ def _run(arguments: list[str]) -> None:
     if not values.workdir:
         raise ConfigError("--workdir is missing: name the folder for this run's files, e.g. --workdir=workdirs/first.")
     if values.launch is not None:
-        _launch(values.launch, launch_overrides, values, [f"--config.{path}={text}" for path, text in overrides])
+        command = [f"--config.{path}={text}" for path, text in overrides]
+        _launch(values.launch, launch_overrides, values, command, config)
         return
     _start(request.module, config, {**request.about, **to_mapping(config)}, values.workdir, values.allow_config_change)
 

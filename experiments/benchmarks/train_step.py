@@ -16,7 +16,7 @@ from lfm_jax.models.accounting import training_flops_per_token
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """preset: the architecture; rows, seq: of the batch; dtype: that both sides compute in.
+    """preset: the architecture; rows, seq: of the batch. Both sides compute in float32, on a CPU.
 
     accumulation: micro-batches that our step takes the rows in; on a CPU, fewer activations are more often in its caches.
     steps: of one side before the other has its turn; rounds: turns, of which the first is not timed.

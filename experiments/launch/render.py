@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from experiments.launch.settings import GENERATIONS, LaunchConfig, Slice, as_name, parse_topology, same_size
-from lfm_jax.configuration import ConfigError, nearest
+from lfm_jax.configuration import ConfigError, mistakes_in, nearest
 
 EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_PEER = 2, 75, 76  # of run.py; a test holds them to where they are defined
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -33,12 +33,15 @@ class _Job(NamedTuple):
     settings: LaunchConfig
 
 
-def render(scheduler: str, settings: LaunchConfig, workdir: str | None, arguments: Sequence[str]) -> Rendered:
+def render(
+    scheduler: str, settings: LaunchConfig, workdir: str | None, arguments: Sequence[str], config: Any = None
+) -> Rendered:
     """Renders for one of `SCHEDULERS`.
 
     Args:
       workdir: of the run, on gs://.
       arguments: of run.py, as they are to be given in the container.
+      config: of the experiment, whose mesh and rows are held against the slices.
 
     Raises:
       ConfigError: there is no such scheduler, or it cannot run this.
@@ -53,7 +56,25 @@ def render(scheduler: str, settings: LaunchConfig, workdir: str | None, argument
     name = settings.name or as_name(workdir.rstrip("/").rpartition("/")[2])
     if not name:
         raise ConfigError(f"--workdir={workdir} does not end on a name for the job; give --launch.name=NAME.")
+    _check_fit(config, parse_topology(settings.topology), settings.slices)
     return SCHEDULERS[scheduler](_job(name, settings, workdir, arguments))
+
+
+def _check_fit(config: Any, piece: Slice, slices: int) -> None:
+    """Raises ConfigError for what every process would find out on the slices: see `experiments.stages.mesh_for`."""
+    if not hasattr(config, "mesh"):
+        return
+    from jax.sharding import AbstractMesh
+
+    from lfm_jax.sharding import AXES, mesh_sizes
+    from lfm_jax.sharding.chips import CHIPS
+    from lfm_jax.training.step import check_rows
+
+    devices = piece.chips * CHIPS[piece.generation].devices_per_chip * slices
+    with mistakes_in("mesh"):
+        sizes = mesh_sizes(config.mesh, devices, slices)
+        if hasattr(config, "loader"):
+            check_rows(config.loader.batch_size, config.train.accumulation, AbstractMesh(tuple(sizes), AXES))
 
 
 def _job(name: str, settings: LaunchConfig, workdir: str, arguments: Sequence[str]) -> _Job:

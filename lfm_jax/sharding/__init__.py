@@ -20,11 +20,11 @@ from lfm_jax.sharding.logical import (
     sum_shards,
     target_platform,
 )
-from lfm_jax.sharding.mesh import AXES, MeshConfig, make_mesh
+from lfm_jax.sharding.mesh import AXES, MeshConfig, make_mesh, mesh_sizes
 
 __all__ = [
     "AXES", "CHUNKS", "LogicalAxes", "MeshConfig", "Pieces", "activation_sharding", "check_split", "constrain",
     "dealt_order", "ends_before", "exchange_rows", "gather_shards", "in_sequence", "make_mesh", "map_dealt",
-    "map_shards", "max_shards", "parameter_sharding", "shard_count", "shard_index", "state_sharding",
+    "map_shards", "max_shards", "mesh_sizes", "parameter_sharding", "shard_count", "shard_index", "state_sharding",
     "sum_and_scatter_shards", "sum_shards", "target_platform",
 ]

@@ -25,11 +25,12 @@ ENVIRONMENT = {
 }
 
 
-def tpu_devices(topology: str) -> Sequence[Any]:
+def tpu_devices(topology: str, slices: int = 1) -> Sequence[Any]:
     """Descriptions of a topology's devices, to build a mesh or a sharding from.
 
     Args:
       topology: kind and shape, e.g. "v5e:2x2", "v5e:16x16", "v5p:2x2x1", "v6e:2x2" or "tpu7x:2x2x1" (two devices a chip).
+      slices: of that shape, which the data-centre network connects.
 
     Raises:
       RuntimeError: libtpu is not installed, or the environment lacks a variable of `ENVIRONMENT`.
@@ -43,7 +44,8 @@ def tpu_devices(topology: str) -> Sequence[Any]:
             f"{', '.join(missing)} must be set before libtpu is loaded; see lfm_jax.sharding.aot.ENVIRONMENT for the values"
         )
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        several = {"num_slices": slices} if slices > 1 else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"libtpu knows no topology {topology!r}; write it like v5e:2x2 or v5p:2x2x1") from error
 

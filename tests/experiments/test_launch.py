@@ -361,6 +361,20 @@ def test_a_dry_run_prints_what_is_written_otherwise(scheduler, capsys, tmp_path)
     assert start in told.partition("Nothing runs yet.")[2] and start in printed
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--config.mesh.data=3"], "--config.mesh: mesh data=3 needs 3 devices, 256 are there"),
+        (["--launch.topology=v5p:8x8x8"], "--config.mesh: a batch of 256 rows does not divide into 1 micro-batches over"),
+        (["--launch.slices=2", "--config.mesh.data=1", "--config.mesh.fsdp=-1"], "mesh fsdp=512 over 2 slices: each slice must"),
+        (["--launch.topology=tpu7x:4x4x8", "--config.mesh.data=3"], "mesh data=3 needs 3 devices, 256 are there"),
+    ],
+)
+def test_what_the_slices_would_refuse_is_refused_before(changes, message, capsys):
+    assert run.main([*COMMAND, *changes, "--launch=gke", "--dry_run"]) == EXIT_MISTAKE
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_a_dry_run_prints_is_a_manifest(capsys):
     run.main([*COMMAND, "--launch=gke", "--dry_run"])
     manifest = yaml.safe_load(capsys.readouterr().out)

@@ -27,6 +27,27 @@ def test_a_mesh_may_split_an_axis_of_the_torus():
     assert all(sum(abs(one - other) for one, other in zip(*pair, strict=True)) == 1 for pair in coordinates)
 
 
+def test_slices_hold_replicas():
+    """The outer part of `data`; within a slice the mesh is that of one slice."""
+    pytest.importorskip("libtpu")
+    two, one = aot.tpu_devices("v5e:2x4", slices=2), aot.tpu_devices("v5e:2x4")
+    mesh = make_mesh(MeshConfig(data=4, fsdp=-1, tensor=2), two)
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}]
+    places = lambda grid: [device.coords for device in grid.flat]
+    alone = places(make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2), one).devices)
+    assert places(mesh.devices[:2]) == places(mesh.devices[2:]) == alone
+    rows = jax.ShapeDtypeStruct((8, 512), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+    total = aot.compile_for(lambda x: jnp.sum(x, dtype=jnp.float32), (rows,)).as_text()
+    assert "replica_groups={{0,2,4,6},{1,3,5,7}}" in total and "xla_megascale_runtime" in total  # within slices, then between
+
+
+def test_slices_that_would_share_a_replica_are_refused():
+    pytest.importorskip("libtpu")
+    message = r"mesh fsdp=16 over 2 slices: each slice must have whole replicas of the model; make data a multiple of 2, like"
+    with pytest.raises(ValueError, match=message):
+        make_mesh(MeshConfig(), aot.tpu_devices("v5e:2x4", slices=2))
+
+
 def test_an_unknown_topology_is_refused():
     pytest.importorskip("libtpu")
     with pytest.raises(ValueError, match="no topology 'v5e:1x7x9'"):

@@ -20,9 +20,9 @@ MODEL = dataclasses.replace(
 ROWS_PER_CHIP, SEQ = 2, 512
 
 
-def _compiled(topology, chips, mesh_config, accumulation):
+def _compiled(topology, chips, mesh_config, accumulation, slices=1):
     """Forward, backward, clipping and AdamW, from shapes with shardings alone."""
-    mesh = make_mesh(mesh_config, aot.tpu_devices(topology)[:chips])
+    mesh = make_mesh(mesh_config, aot.tpu_devices(topology, slices)[:chips])
     # "auto" would be float32 here: what is traced on a CPU does not know yet what it is compiled for.
     compute = ComputeConfig(dtype="bfloat16", short_conv="pallas", remat="dots")
     functions = functional(lambda rngs: Decoder(MODEL, compute, rngs=rngs))
@@ -65,3 +65,12 @@ def test_training_step_with_pallas_compiles_on_16_chips(topology, chips, mesh_co
     memory, outputs = compiled.memory_analysis(), compiled.output_shardings
     # New are the metrics, each in a tile, and a table of all results.
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes <= 512 * len(outputs[1]) + 1024
+
+
+def test_two_slices_meet_once_a_step():
+    """Whatever the micro-batches: what crosses the data-centre network is not in the loop over them, nor in any other."""
+    _, compiled = _compiled("v5e:2x2", 8, MeshConfig(data=2), 2, slices=2)
+    program = compiled.as_text()
+    _, _, outside_of_loops = program.partition("\nENTRY ")
+    sent = lambda text: [line for line in text.splitlines() if " send(" in line and "xla_megascale_runtime" in line]
+    assert " while(" in outside_of_loops and sent(program) and sent(program) == sent(outside_of_loops)
