@@ -61,8 +61,11 @@ def render(
 
 
 def _check_fit(config: Any, piece: Slice, slices: int) -> None:
-    """Raises ConfigError for what every process would find out on the slices: see `experiments.stages.mesh_for`."""
-    if not hasattr(config, "mesh"):
+    """Raises ConfigError for what every process would find out on the slices: see `experiments.stages.mesh_for`.
+
+    Of training on batches alone: others have no rows that must divide, or a mesh of each machine's own.
+    """
+    if not (hasattr(config, "mesh") and hasattr(config, "loader")):
         return
     from jax.sharding import AbstractMesh
 
@@ -73,8 +76,7 @@ def _check_fit(config: Any, piece: Slice, slices: int) -> None:
     devices = piece.chips * CHIPS[piece.generation].devices_per_chip * slices
     with mistakes_in("mesh"):
         sizes = mesh_sizes(config.mesh, devices, slices)
-        if hasattr(config, "loader"):
-            check_rows(config.loader.batch_size, config.train.accumulation, AbstractMesh(tuple(sizes), AXES))
+        check_rows(config.loader.batch_size, config.train.accumulation, AbstractMesh(tuple(sizes), AXES))
 
 
 def _job(name: str, settings: LaunchConfig, workdir: str, arguments: Sequence[str]) -> _Job:
