@@ -377,8 +377,10 @@ def test_what_the_slices_would_refuse_is_refused_before(changes, message, capsys
 
 def test_a_mesh_of_each_machine_is_not_held_against_all_of_them(capsys):
     """Preference data are made by machines that share nothing."""
-    command = ["--config=configs/preference_data.py", "--config.init_from=gs://bucket/sft", "--config.tasks=arithmetic", *COMMAND[1:2]]
-    assert run.main([*command, *COMMAND[3:], "--config.mesh.fsdp=4", "--launch.slices=2", "--launch=gke", "--dry_run"]) == 0
+    command = ["--config=configs/preference_data.py", "--config.init_from=gs://bucket/sft", "--config.tasks=arithmetic"]
+    launch = ["--config.mesh.fsdp=4", "--launch.slices=2", "--launch=gke", "--dry_run"]
+    assert run.main([*command, COMMAND[1], *COMMAND[3:], *launch]) == 0
+    assert "--config.mesh.fsdp=4" in capsys.readouterr().out
 
 
 def test_what_a_dry_run_prints_is_a_manifest(capsys):
