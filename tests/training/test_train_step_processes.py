@@ -28,7 +28,7 @@ for case in cases:
         print(json.dumps([case, host_part(mesh)[1], {key: float(value) for key, value in metrics.items()}]), flush=True)
 """
 # The parts that the rows are given in: one for each host, or the same from both.
-CASES = {"lfm3/context mixed": 2, "dense/context": 1, "moe/expert mixed": 2}
+CASES = {"lfm3/context mixed": 2, "dense/context": 1, "dense/mixed": 2, "moe/expert mixed": 2}
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from lfm_jax.training import (
     OptimizerConfig,
     ScheduleConfig,
     abstract_state,
+    check_mesh,
     host_part,
     make_eval_step,
     make_optimizer,
@@ -27,7 +28,7 @@ from lfm_jax.training import (
 from lfm_jax.training.step import _balanced
 
 DENSE = ModelConfig(
-    vocab_size=64, embed_dim=16, layer_types=("conv", "full_attention"), num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24,
+    vocab_size=64, embed_dim=16, layer_types=("conv", "full_attention"), num_heads=8, num_kv_heads=4, head_dim=8, mlp_dim=24,
     conv_bias=True,
 )  # fmt: skip
 LFM3 = dataclasses.replace(
@@ -41,7 +42,7 @@ MESHES = {
     "replicas": MeshConfig(data=4, fsdp=1),
     "data": MeshConfig(data=8, fsdp=1),
     "fsdp": MeshConfig(fsdp=8),
-    "tensor": MeshConfig(fsdp=1, tensor=8),
+    "tensor": MeshConfig(fsdp=1, tensor=8),  # of eight devices two share a head of keys
     "mixed": MeshConfig(data=2, fsdp=2, tensor=2),
     "context": MeshConfig(fsdp=1, context=8),
     "context mixed": MeshConfig(fsdp=2, context=2, tensor=2),
@@ -82,6 +83,7 @@ def _parts(name, mesh_name, remat="none"):
     """(functions, optimizer, objective, mesh)"""
     functions = functional(lambda rngs: Decoder(CONFIGS[name], ComputeConfig(remat=remat), rngs=rngs))
     mesh = make_mesh(MESHES[mesh_name], jax.devices()[: math.prod(dataclasses.astuple(MESHES[mesh_name]))])
+    check_mesh(functions, mesh)
     return functions, make_optimizer(OPTIMIZER, 1000), next_token_objective(LossConfig(z_loss=1e-2, block=8)), mesh
 
 
