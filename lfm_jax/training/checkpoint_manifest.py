@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from typing import Any
 
 from etils import epath
@@ -14,10 +15,12 @@ from etils.epath import backend
 MANIFEST = "manifest.json"
 STATE = "state"
 VERIFIED = "verified"
-_FORMAT = 1
+_FORMAT = 2
+_READ = (1, _FORMAT)  # 1: its large files have no digest
 _PART = f"{MANIFEST}.part"
 # Larger files hold values of arrays, which have fingerprints; the smaller ones say how to read them.
 _SMALL_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 22
 # A manifest of thousands of arrays and hosts has some millions; as objects of Python it is many times as large.
 _MOST_BYTES = 1 << 26
 # A request to an object store takes some 50 ms, and of hundreds of processes each has written a few files.
@@ -40,8 +43,9 @@ def encode(content: dict[str, Any]) -> bytes:
 def commit(folder: epath.Path, content: dict[str, Any]) -> None:
     """Writes the manifest of the step in `folder`: with this, and not before, it is a checkpoint.
 
-    To the content it adds the format and, under "files", size and SHA-256 of every file of Orbax's (of large ones the size only).
-    On a local disk all these files are there for good before the manifest is, and it before this returns.
+    To the content it adds the format and, under "files", size and digest of every file of Orbax's: SHA-256, and of large ones
+    CRC-32, which takes an eighth of the time and misses no single bit. Of a large object in a bucket it has the size alone: the
+    bucket keeps a digest, and reading it back would take as long as writing it did. On a local disk all these files are there for good before the manifest is, and it before this returns.
     """
     _flush(folder)
     data = encode({"format": _FORMAT, **content, "files": _describe(folder / STATE)})
@@ -72,7 +76,7 @@ def read(folder: epath.Path, step: int) -> tuple[dict[str, Any] | None, str | No
         return None, problem_of(MANIFEST, folder, error)
     if not sound:
         return None, f"{MANIFEST} is not as it was written for this step: its digest does not fit"
-    if content["format"] != _FORMAT:
+    if content["format"] not in _READ:
         raise ValueError(f"{folder / MANIFEST} has format {content['format']}, this code reads {_FORMAT}; take newer code")
     return content, None
 
@@ -83,17 +87,12 @@ def damaged_file(folder: epath.Path, files: dict[str, dict[str, Any]]) -> str | 
     It comes before Orbax reads any of them: what a changed index or shape does to a reader nobody knows.
     """
     try:
-        found = _describe(folder / STATE)
+        found = _found(folder / STATE)
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            problems = list(pool.map(lambda name: _difference(found.get(name), files[name]), files))
     except Exception as error:  # a bucket's client has errors of its own
         return problem_of(f"{STATE}/", folder, error)
-    for name, expected in files.items():
-        if name not in found:
-            return f"{STATE}/{name} is missing"
-        if found[name]["bytes"] != expected["bytes"]:
-            return f"{STATE}/{name} has {found[name]['bytes']} bytes, and {expected['bytes']} were written"
-        if found[name] != expected:
-            return f"{STATE}/{name} is not as it was written: its SHA-256 does not fit"
-    return None
+    return next((f"{STATE}/{name} {problem}" for name, problem in zip(files, problems, strict=True) if problem), None)
 
 
 def problem_of(what: str, folder: epath.Path, error: BaseException) -> str:
@@ -141,18 +140,48 @@ def short(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
 
 
+def _sha256(file: epath.Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _crc32(file: epath.Path) -> str:
+    value = 0
+    with file.open("rb") as opened:
+        while chunk := opened.read(_CHUNK_BYTES):
+            value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
+
+
+_DIGESTS = {"sha256": _sha256, "crc32": _crc32}
+
+
 def _describe(folder: epath.Path) -> dict[str, dict[str, Any]]:
-    """Size and, of small files, digest of all files in a folder, at whatever depth, by their path in it."""
+    """Size and digest (see `commit`) of all files in a folder, at whatever depth, by their path in it."""
 
     def describe(file: epath.Path) -> dict[str, Any]:
         size = file.stat().length
-        return {"bytes": size} | ({"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if size <= _SMALL_BYTES else {})
+        kind = "sha256" if size <= _SMALL_BYTES else None if _in_bucket(folder) else "crc32"
+        return {"bytes": size} | ({kind: _DIGESTS[kind](file)} if kind else {})
 
-    look_anew(folder)
-    files = _files(folder)
+    files = _found(folder)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        described = pool.map(describe, files)
-        return {file.relative_to(folder).as_posix(): entry for file, entry in zip(files, described, strict=True)}
+        return dict(zip(files, pool.map(describe, files.values()), strict=True))
+
+
+def _difference(file: epath.Path | None, expected: dict[str, Any]) -> str | None:
+    """What is wrong with a file, or None."""
+    if file is None:
+        return "is missing"
+    size = file.stat().length
+    if size != expected["bytes"]:
+        return f"has {size} bytes, and {expected['bytes']} were written"
+    wrong = (kind for kind, digest in _DIGESTS.items() if kind in expected and digest(file) != expected[kind])
+    return next((f"is not as it was written: its {kind} does not fit" for kind in wrong), None)
+
+
+def _found(folder: epath.Path) -> dict[str, epath.Path]:
+    look_anew(folder)
+    return {file.relative_to(folder).as_posix(): file for file in _files(folder)}
 
 
 def _in_bucket(folder: epath.Path) -> bool:

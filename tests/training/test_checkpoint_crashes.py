@@ -268,6 +268,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lfm_jax.training import checkpoint, checkpoint_manifest
 from lfm_jax.training.checkpoint import CheckpointError, Checkpoints
 
+sys.path.append("tests/training")
+from manifests import as_before
+
 process, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, process, heartbeat_timeout_seconds=30)
@@ -324,6 +327,11 @@ if process == 0:
     data[data.index(kernel(4)[500].tobytes())] ^= 1
     file.write_bytes(data)
 multihost_utils.sync_global_devices("damaged")
+(told,) = restored()[1]
+assert "crc32 does not fit" in told if process == 0 else told == "process 0 cannot read it", told
+if process == 0:
+    as_before(folder / "00000004")
+multihost_utils.sync_global_devices("as before")
 assert restored() == (3, ["params in state/ has not the values that were saved (1 of 2 arrays)"])
 
 if process == 1:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from etils import epath
+from manifests import as_before
 
 from lfm_jax.training import checkpoint, checkpoint_manifest
 from lfm_jax.training.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
@@ -113,6 +114,7 @@ def test_leaves_are_cast_after_they_were_verified(folder):
     assert kernel.dtype == jnp.bfloat16 and restored.state.step.dtype == jnp.int32
     assert np.array_equal(np.asarray(kernel), values(2).astype(jnp.bfloat16))
     flip(folder / "00000002")  # by less than what the cast leaves
+    as_before(folder / "00000002")
     with pytest.raises(CheckpointError, match="params.kernel in state/ has not the values"), pytest.warns(CheckpointWarning):
         shutil.rmtree(folder / "00000001")
         Checkpoints(folder).restore(jax.tree.map(other, wanted(2)), cast=True)
@@ -137,6 +139,8 @@ def test_verify_says_what_restore_does(folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "_PART_BYTES", 1)
     assert checkpoints.verify(2) is None
     flip(folder / "00000002")
+    assert checkpoints.verify(2).endswith("is not as it was written: its crc32 does not fit")
+    as_before(folder / "00000002")
     assert checkpoints.verify(2) == "params.kernel in state/ has not the values that were saved (1 of 1 arrays)"
     (folder / "00000002" / "state" / "_CHECKPOINT_METADATA").write_text("{}")
     assert "state/_CHECKPOINT_METADATA has 2 bytes" in checkpoints.verify(2)
