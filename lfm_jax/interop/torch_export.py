@@ -7,8 +7,11 @@ another length. It has no row of the vocabulary that the tokenizer does not know
 
 from __future__ import annotations
 
+import contextlib
 import os
 import typing
+import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,8 @@ if typing.TYPE_CHECKING:
     import torch
 
 _CAPACITY = "capacity"  # where a file tells it
+_ONLY_TENSORS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # whatever a caller asks of `torch.load`
+_OBJECTS = ("custom_obj_", "opaque_obj_")  # files of an archive that PyTorch would build any object of
 _MOST_PROTOBUF_BYTES = 1_900_000_000  # beyond it an ONNX model's weights must lie in a file of their own
 
 
@@ -59,17 +64,20 @@ def export_pt2(model: torch.nn.Module, path: str | os.PathLike, reference: Refer
 
 
 def open_pt2(path: str | os.PathLike) -> Conversation:
-    """A conversation with a file of `export_pt2`, made here: PyTorch unpickles a part of it, so never open one from elsewhere.
+    """A conversation with a file of `export_pt2`. Of what PyTorch pickles, only tensors and their containers are read.
 
     Raises:
-      ValueError: it is not what a manifest beside it says.
+      ValueError: it is not what a manifest beside it says, or no such program, or holds other objects.
     """
     import torch
 
     check_file(path)
     about = {_CAPACITY: ""}
-    with quiet_libraries():
-        program = torch.export.load(os.fspath(path), extra_files=about)
+    with quiet_libraries(), _only_tensors(path):
+        try:
+            program = torch.export.load(os.fspath(path), extra_files=about)
+        except Exception as error:  # of what kind depends on what the file holds
+            raise ValueError(f"{os.fspath(path)} is no program that PyTorch opens safely: {error}") from error
     (_, example), _ = program.example_inputs
     module, capacity = program.module(), int(about[_CAPACITY])
 
@@ -79,6 +87,27 @@ def open_pt2(path: str | os.PathLike) -> Conversation:
         return logits.numpy(), state
 
     return Conversation(step, tuple(torch.zeros_like(tensor[:1]) for tensor in example), capacity, capacity)
+
+
+@contextlib.contextmanager
+def _only_tensors(path: str | os.PathLike) -> Iterator[None]:
+    """Around `torch.export.load`, which would unpickle whatever an archive has."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            objects = [name for name in archive.namelist() if os.path.basename(name).startswith(_OBJECTS)]
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{os.fspath(path)} is no program of PyTorch's: {error}") from error
+    if objects:
+        raise ValueError(f"{os.fspath(path)} holds an object that is no tensor ({objects[0]}), and is not opened")
+    before = os.environ.get(_ONLY_TENSORS)
+    os.environ[_ONLY_TENSORS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ONLY_TENSORS]
+        else:
+            os.environ[_ONLY_TENSORS] = before
 
 
 def export_onnx(model: torch.nn.Module, path: str | os.PathLike, reference: Reference, *, capacity: int = 2048) -> ExportedFile:

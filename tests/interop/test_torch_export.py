@@ -3,8 +3,13 @@
 import dataclasses
 import errno
 import functools
+import io
+import json
 import logging
+import os
+import pickle
 import warnings
+import zipfile
 
 import jax
 import numpy as np
@@ -191,6 +196,48 @@ def test_a_text_that_does_not_fit_is_refused(tokens, pt2_file, tmp_path):
 def test_a_package_that_is_missing_is_named():
     with pytest.raises(ModuleNotFoundError, match=r"not installed: no_such_package; run: pip install .*\[export\]"):
         check_installed("torch", "no_such_package")
+
+
+class Telling:
+    """Unpickled as any object may be, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("place", ["inputs", "weights", "object"])
+def test_an_archive_that_would_run_code_is_refused(place, pt2_file, tmp_path):
+    """In each of the places where PyTorch unpickles without asking what; and it asks so again afterwards."""
+    run = torch.export.load(str(pt2_file.found.file))  # trusted: the setting is of `open_pt2` alone
+    assert run.example_inputs
+    content = io.BytesIO()
+    torch.save(Telling(tmp_path / "ran"), content)
+    weights = {"config": {"w": {"path_name": "weight_0", "is_param": True, "use_pickle": True, "tensor_meta": None}}}
+    path = tmp_path / "model.pt2"
+    with zipfile.ZipFile(pt2_file.found.file) as source, zipfile.ZipFile(path, "w") as target:
+        for entry in source.namelist():
+            data = source.read(entry)
+            if place == "inputs" and "sample_inputs" in entry or place == "weights" and entry.endswith("/weight_0"):
+                data = content.getvalue()
+            if place == "weights" and entry.endswith("weights_config.json"):
+                given = json.loads(data)["config"]
+                first = next(name for name, value in given.items() if value["path_name"] == "weight_0")
+                data = json.dumps({"config": given | {first: {**given[first], **weights["config"]["w"]}}}).encode()
+            target.writestr(entry, data)
+        if place == "object":
+            target.writestr(entry.partition("/")[0] + "/data/constants/opaque_obj_0", pickle.dumps(Telling(tmp_path / "ran")))
+    with pytest.raises(ValueError, match="holds an object that is no tensor" if place == "object" else "eights.only"):
+        open_pt2(path)
+    assert not (tmp_path / "ran").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_what_is_no_archive_is_refused(tmp_path):
+    (tmp_path / "model.pt2").write_bytes(b"PK of another kind")
+    with pytest.raises(ValueError, match=r"model.pt2 is no program of PyTorch's"):
+        open_pt2(tmp_path / "model.pt2")
 
 
 def test_a_failed_export_leaves_what_was_there(pt2_file, tmp_path, monkeypatch):
