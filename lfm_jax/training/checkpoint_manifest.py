@@ -45,7 +45,8 @@ def commit(folder: epath.Path, content: dict[str, Any]) -> None:
 
     To the content it adds the format and, under "files", size and digest of every file of Orbax's: SHA-256, and of large ones
     CRC-32, which takes an eighth of the time and misses no single bit. Of a large object in a bucket it has the size alone: the
-    bucket keeps a digest, and reading it back would take as long as writing it did. On a local disk all these files are there for good before the manifest is, and it before this returns.
+    bucket keeps a digest, and reading it back would take as long as writing it did. On a local disk all these files are there
+    for good before the manifest is, and it before this returns.
     """
     _flush(folder)
     data = encode({"format": _FORMAT, **content, "files": _describe(folder / STATE)})
