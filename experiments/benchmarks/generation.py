@@ -59,7 +59,8 @@ class _Engine:
     def _answer(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{' '.join(self._process.args[2:])} ended with {self._process.wait()}; what it said is above")
+            self.close()
+            raise RuntimeError(f"{' '.join(self._process.args[2:])} ended with {self._process.returncode}; what it said is above")
         return json.loads(line)
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
@@ -70,8 +71,8 @@ class _Engine:
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.stdin.close()
-        self._process.wait()
+        with self._process:  # closes the pipes, without which it ends, and waits
+            pass
 
 
 def _models(config: ModelConfig, folder: epath.Path) -> dict[str, epath.Path]:
@@ -142,14 +143,17 @@ def _rows(config: Config, name: str, model: ModelConfig, running: dict[str, _Eng
                 tokens[engine], peaks[engine] = whole["tokens"], whole["peak_bytes"]
         context = config.prompt + config.new_tokens / 2
         read = (batch - 1) * (decode_bytes_per_token(model, context, 0, 4)) + decode_bytes_per_token(model, context, 4, 4)
-        floor = max(read / bandwidth, batch * forward_flops_per_token(model, int(context)) / matmul) / batch
+        # Seconds of a step, for each of the two that it cannot do without.
+        least = {"bandwidth": read / bandwidth, "flops": batch * forward_flops_per_token(model, int(context)) / matmul}
+        limit = max(least, key=least.get)
         for engine, seconds in taken.items():
             prefill, decode = (statistics.median(part) for part in zip(*seconds[1:], strict=True))
             rows.append({
                 "preset": name, "batch": batch, "engine": engine,
                 "prefill_tokens_per_second": batch * config.prompt / prefill,
                 "decode_tokens_per_second": batch * config.new_tokens / decode,
-                "of_decode_floor": floor * batch * config.new_tokens / decode,
+                "of_decode_floor": least[limit] * config.new_tokens / decode, "decode_limit": limit,
+                "read_bytes_per_token": read / batch, "bandwidth_bytes_per_second": bandwidth, "matmul_flops_per_second": matmul,
                 "same_tokens": sum(a == b for a, b in zip(tokens[engine], tokens.get("ours", []), strict=False)),
                 "peak_bytes": peaks[engine],
             })  # fmt: skip

@@ -19,6 +19,7 @@ from experiments.serve.requests import Limits
 from experiments.serve.runner import EngineFailed, QueueFull, Runner
 from experiments.serve.server import listen, serving
 from lfm_jax.generation import EngineConfig, Request, SamplingConfig
+from lfm_jax.interop.chat_template import render
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 SHORT = {"prompt": [1, 50, 60], "max_tokens": 2, "temperature": 0, "return_token_ids": True}
@@ -239,6 +240,57 @@ def test_an_answer_is_cut_off_when_its_time_is_up(made, gate):
     (choice,) = answer["choices"]
     assert (choice["finish_reason"], choice["finish_detail"]) == ("length", "time")
     assert 0 < len(choice["token_ids"]) == answer["usage"]["completion_tokens"] < 200
+
+
+class Reading:
+    """Tokenisation and the template of chats begin, and end when they may."""
+
+    def __init__(self, tokenizer, monkeypatch):
+        self.begun, self.may_end = threading.Event(), threading.Event()
+        monkeypatch.setattr(tokenizer, "encode_batch", self._held(tokenizer.encode_batch))
+        monkeypatch.setattr("experiments.serve.chat.render", self._held(render))
+
+    def _held(self, read):
+        def held(*given, **named):
+            self.begun.set()
+            assert self.may_end.wait(60)
+            return read(*given, **named)
+
+        return held
+
+
+@pytest.fixture
+def reading(made, monkeypatch):
+    held = Reading(made[1], monkeypatch)
+    yield held
+    held.may_end.set()
+
+
+TEXTS = [(COMPLETION, {"prompt": "a text"}), (CHAT, {"messages": [{"role": "user", "content": "a text"}]})]
+
+
+@pytest.mark.parametrize(("path", "text"), TEXTS)
+def test_a_text_that_takes_long_to_read_keeps_nobody_waiting(made, reading, path, text):
+    """It is tokenised, and its template rendered, beside the loop that answers the others."""
+    with served(made) as (_, port):
+        slow = begin(port, path, text | {"max_tokens": 2, "temperature": 0})
+        assert reading.begun.wait(60)
+        assert ask(port, "/health", method="GET")[2] == {"status": "ok", "requests": 1, "answers": 0}
+        assert good(port) and not reading.may_end.is_set()
+        reading.may_end.set()
+        assert end(slow)[0] == 200
+
+
+@pytest.mark.parametrize(("path", "text"), TEXTS)
+def test_a_text_that_takes_longer_to_read_than_there_is_time_is_told_so(made, reading, path, text):
+    for seconds in (0.2, 5, 50):  # however slow the machine: it must have begun
+        with served(made, seconds=seconds) as (service, port):
+            status, _, answer = ask(port, path, text)
+            wait_until(port, requests=0)
+        if reading.begun.is_set():
+            break
+    assert status == 408 and f"there is no answer after {seconds:g} seconds; come again" in answer["error"]["message"]
+    assert service.runner.tokens == 0
 
 
 def test_a_client_that_leaves_gives_its_slot_back(made, gate):

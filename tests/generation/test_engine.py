@@ -8,80 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from engine_answers import (
+    ALL,
+    CONFIG,
+    GREEDY,
+    LENGTHS,
+    MOE,
+    NEW,
+    SMALL,
+    by_full_forwards,
+    check,
+    engine,
+    forward,
+    prompts,
+    requests,
+    weights,
+    words_of,
+)
 
 from lfm_jax.generation import Engine, EngineConfig, LoopConfig, Request, SamplingConfig
 from lfm_jax.generation import slots as device
 from lfm_jax.generation.engine import _tell
-from lfm_jax.models import ComputeConfig, Decoder, ModelConfig, MoEConfig, functional
 from lfm_jax.sharding import MeshConfig, make_mesh, parameter_sharding
-
-CONFIG = ModelConfig(
-    vocab_size=40, embed_dim=32, layer_types=("conv", "full_attention", "sliding_attention", "conv"), num_heads=4, num_kv_heads=2,
-    head_dim=8, mlp_dim=48, sliding_window=5, conv_width=4, context_length=128,
-)  # fmt: skip
-EXPERTS = MoEConfig(num_experts=4, experts_per_token=2, mlp_dim=24, num_dense_layers=1)
-MOE = dataclasses.replace(CONFIG, moe=EXPERTS, layer_types=("conv", "full_attention"))
-LENGTHS = (3, 1, 6, 30, 17, 3)
-NEW = 12
-GREEDY = SamplingConfig(max_new_tokens=NEW, temperature=0)
-ALL = EngineConfig()
-SMALL = EngineConfig(slots=2, prefill_chunk=8, prefill_rows=2, steps=5)
-
-
-@functools.cache
-def weights(config=CONFIG, dtype="float32"):
-    functions = functional(lambda rngs: Decoder(config, ComputeConfig(dtype=dtype), rngs=rngs))
-    params, buffers = functions.init(jax.random.key(0))
-    # Away from initialization, where the logits of a tied model merely repeat the last token.
-    params = jax.tree.map(lambda leaf: leaf + 0.2 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
-    return functions, config, params, buffers
-
-
-@functools.cache
-def forward(config=CONFIG):
-    functions, _, params, buffers = weights(config)
-
-    @jax.jit
-    def log_probs(tokens, length):
-        model = functions.bind(params, buffers)
-        hidden = jax.lax.dynamic_slice_in_dim(model(tokens).hidden, length - 1, 1, axis=1)
-        return jax.nn.log_softmax(model.logits(hidden)[0, 0])
-
-    return log_probs
-
-
-@functools.cache
-def by_full_forwards(prompt, count=NEW, config=CONFIG):
-    """Greedy tokens and their log-probabilities; what is behind a token cannot change it."""
-    tokens, found = list(prompt), []
-    for _ in range(count):
-        padded = np.zeros((1, 128), np.int32)
-        padded[0, : len(tokens)] = tokens
-        log_probs = forward(config)(padded, len(tokens))
-        tokens.append(int(jnp.argmax(log_probs)))
-        found.append(float(log_probs[tokens[-1]]))
-    return tokens[len(prompt) :], found
-
-
-def prompts(seed=0):
-    rng = np.random.default_rng(seed)
-    return [tuple(map(int, rng.integers(1, 40, length))) for length in LENGTHS]
-
-
-def engine(settings=ALL, config=CONFIG, **options):
-    return Engine(*weights(config), settings, **options)
-
-
-def requests(**changes):
-    return [Request(prompt=prompt, sampling=GREEDY, **changes) for prompt in prompts()]
-
-
-def check(answers, asked, config=CONFIG):
-    """Against full forward passes; log-probabilities within float32 rounding over a few layers."""
-    for answer, request in zip(answers, asked, strict=True):
-        tokens, log_probs = by_full_forwards(request.prompt, request.sampling.max_new_tokens, config)
-        assert answer.tokens == tokens and answer.finish_reason == "length"
-        np.testing.assert_allclose(answer.log_probs, log_probs, atol=2e-5)
 
 
 @pytest.mark.parametrize("settings", [ALL, SMALL, EngineConfig(slots=1, prefill_chunk=4, steps=3)])
@@ -124,35 +72,6 @@ def test_requests_of_all_kinds_do_not_disturb_each_other():
     for answer, alone in zip(together.run(asked), [used.run([request])[0] for request in asked], strict=True):
         assert answer.tokens == alone.tokens and answer.finish_reason == alone.finish_reason
         np.testing.assert_allclose(answer.log_probs, alone.log_probs, atol=2e-5)
-
-
-def test_requests_that_come_later_take_slots_that_become_free():
-    """Among them longer ones, for which the slots grow while others are being answered."""
-    running, first, later = engine(EngineConfig(slots=3, steps=2)), requests()[:2], requests()[2:]
-    later = [dataclasses.replace(each, sampling=dataclasses.replace(GREEDY, max_new_tokens=34)) for each in later]
-    parts = {running.submit(request): [] for request in first}
-    for step in range(60):
-        if step == 2:
-            parts |= {running.submit(request): [] for request in later}
-        for update in running.step():
-            parts[update.request].append(update)
-    assert running.active == running.waiting == 0
-    for request, updates in zip([*first, *later], parts.values(), strict=True):
-        assert [token for update in updates for token in update.tokens] == by_full_forwards(
-            request.prompt, request.sampling.max_new_tokens
-        )[0]
-        assert [update.finish_reason for update in updates] == [None] * (len(updates) - 1) + ["length"]
-
-
-def test_what_is_set_aside_for_a_long_answer_is_not_read_before_it_is_there(monkeypatch):
-    reached, decode = [], device.decode
-    monkeypatch.setattr(device, "decode", lambda *given, **named: reached.append(named["reach"]) or decode(*given, **named))
-    sampling = dataclasses.replace(GREEDY, max_new_tokens=70)
-    (found,) = engine().run([Request(prompt=prompts()[3], sampling=sampling)])
-    assert reached == [64, 64, 128, 128, 128]
-    tokens, log_probs = by_full_forwards(prompts()[3], 70)
-    assert found.tokens == tokens
-    np.testing.assert_allclose(found.log_probs, log_probs, atol=1e-4)
 
 
 def test_samples_of_one_prompt_read_it_once_and_differ_by_their_seeds():
@@ -299,17 +218,13 @@ def test_an_answer_ends_with_the_stop_token(settings):
         assert answer.finish_reason == ("stop" if stop in tokens else "length")
 
 
-def _words(tokens):
-    return "".join(f"<{token}>" for token in tokens)
-
-
 def test_an_answer_ends_before_the_stop_string_and_its_slot_is_free():
     tokens, _ = by_full_forwards(prompts()[0])
     stop = f"{tokens[4]}><{tokens[5]}"
-    running = engine(EngineConfig(slots=1, steps=16), decode=_words)
+    running = engine(EngineConfig(slots=1, steps=16), decode=words_of)
     first, second = running.run([dataclasses.replace(requests()[0], stop_strings=("zzz", stop)), requests()[1]])
-    assert first.text == _words(tokens[:12]).split(stop)[0] and first.finish_reason == "stop"
-    assert second.tokens == by_full_forwards(prompts()[1])[0] and second.text == _words(second.tokens)
+    assert first.text == words_of(tokens[:12]).split(stop)[0] and first.finish_reason == "stop"
+    assert second.tokens == by_full_forwards(prompts()[1])[0] and second.text == words_of(second.tokens)
 
 
 def test_an_answer_that_loops_ends_there():
@@ -318,20 +233,6 @@ def test_an_answer_that_loops_ends_there():
     free, ended = engine().run([Request(prompt=(1, 2), sampling=endless), Request(prompt=(1, 2), sampling=endless, loop=loop)])
     assert free.finish_reason == "length" and ended.finish_reason == "loop"
     assert ended.tokens == free.tokens[: len(ended.tokens)] and 12 <= len(ended.tokens) < 60
-
-
-def test_a_cancelled_request_leaves_its_slot_or_the_queue():
-    running = engine(EngineConfig(slots=1, steps=2))
-    numbers = [running.submit(request) for request in requests()[:3]]
-    running.step()
-    running.cancel(numbers[0])
-    running.cancel(numbers[1])
-    running.cancel(999)
-    ends = {}
-    for _ in range(20):
-        ends |= {update.request: update.finish_reason for update in running.step() if update.finish_reason}
-    assert ends == dict(zip(numbers, ("cancelled", "cancelled", "length"), strict=True))
-    assert running.active == running.waiting == 0 and running.step() == []
 
 
 @pytest.mark.parametrize("settings", [{}, {"slots": 2, "prefill_chunk": 8, "steps": 5}])
@@ -355,7 +256,7 @@ def test_a_turn_whose_answer_was_changed_goes_on_from_the_prompt():
 
 def test_what_was_generated_behind_a_stop_string_is_no_part_of_what_is_kept():
     prompt, (tokens, _) = prompts()[0], by_full_forwards(prompts()[0])
-    running = engine(EngineConfig(prefix_bytes=1 << 20, steps=16), decode=_words)
+    running = engine(EngineConfig(prefix_bytes=1 << 20, steps=16), decode=words_of)
     running.run([Request(prompt=prompt, sampling=GREEDY, stop_strings=(f"<{tokens[4]}>",))])
     for continued in ((*prompt, *tokens[:4], 7, 7), (*prompt, *tokens, 7, 7)):
         turn = Request(prompt=continued, sampling=GREEDY)
@@ -402,7 +303,7 @@ def test_requests_that_cannot_be_answered_are_refused(changes, message):
 
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="a stop string is empty"):
-        engine(decode=_words).submit(requests(stop_strings=("",))[0])
+        engine(decode=words_of).submit(requests(stop_strings=("",))[0])
 
 
 @pytest.mark.parametrize(

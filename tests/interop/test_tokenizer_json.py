@@ -283,7 +283,7 @@ PADDING = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_t
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        (_sequence(12), LimitError, "some/file: more than 2048 MiB of memory"),
+        (_sequence(12), LimitError, "some/file: more than (2048 MiB of memory|8 seconds of processor time)"),
         ({"padding": {**PADDING, "strategy": {"Fixed": 1 << 31}}}, LimitError, "some/file: more than 2048 MiB of memory"),
         ({"padding": {**PADDING, "strategy": {"Fixed": 1 << 62}}}, ValueError, "some/file: PanicException"),
         (_sequence(2), ValueError, r"some/file: makes \d+ ids of \d+ bytes of text"),
