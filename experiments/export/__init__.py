@@ -10,12 +10,16 @@ from experiments.export.card import write_card
 from experiments.export.huggingface import export_huggingface
 from experiments.results import write_results
 from experiments.stages import Stage, load_stage, mesh_for
-from lfm_jax.configuration import ConfigError, mistakes_in
+from lfm_jax.configuration import ConfigError, mistakes_in, nearest
 from lfm_jax.interop.export_manifest import MANIFEST, write_manifest
+from lfm_jax.interop.gguf_file import TYPES, check_computable
+from lfm_jax.interop.gguf_quantize import KINDS
 from lfm_jax.models import ComputeConfig
 from lfm_jax.sharding import MeshConfig
 
 FOLDER = "export"
+_CARD = "README.md"
+_SUFFIXES = (".gguf", ".pt2", ".pte", ".onnx", ".onnx.data", ".stablehlo")
 Format = Literal["hf", "gguf", "pytorch", "executorch", "onnx", "stablehlo"]
 
 
@@ -51,6 +55,10 @@ class ExportConfig:
             )
         if self.capacity < 2:
             raise ValueError(f"capacity must be at least 2, got {self.capacity}")
+        known = list(dict.fromkeys((*TYPES, *KINDS)))
+        for kind in self.gguf_types:
+            if kind not in known:
+                raise ValueError(f"gguf_types: {kind!r} is no type of GGUF file that is written here. {nearest(kind, known)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,26 +74,47 @@ class Config:
 def export_and_check(config: ExportConfig, stage: Stage, workdir: epath.Path) -> dict[str, Any]:
     """Writes export/ in the workdir, and compares each file with the model in the runtime that it is for.
 
-    Each folder with files has their SHA-256 in MANIFEST.sha256, written last.
+    Each folder with files has their SHA-256 in MANIFEST.sha256, written last. The files of an earlier export into the workdir are
+    removed once hf/ is written and agrees, whatever `formats` are: they are of other weights.
 
     Returns:
       exports: a row for each file (`formats.Row`). hf_greedy_agrees, hf_logit_difference: of transformers, reading the folder
       (see `export_huggingface`).
+    Raises:
+      ImportError: a package that a format needs is not installed; the text says how to install it.
+      ValueError: a file cannot be made of the model, or does not compute what the model does; the file is not there.
+      OSError: something cannot be written; nothing is left of that file.
     """
+    others = [name for name in dict.fromkeys(config.formats) if name != "hf"]
+    if "gguf" in others:  # before anything is written
+        try:
+            check_computable(stage.config)
+        except ValueError as error:
+            rest = ",".join(("hf", *(name for name in others if name != "gguf")))
+            raise ValueError(f"{error}. What else there is: --config.export.formats={rest}") from error
     folder = workdir / FOLDER
     rows, figures = export_huggingface(config, stage, folder / "hf")
-    others = [name for name in dict.fromkeys(config.formats) if name != "hf"]
+    _remove_earlier(folder)
     if others:
         material = formats.Material(config, stage, folder, folder / "hf")
-        written = [folder, folder / formats.GGUF]
-        for each in written:
-            (each / MANIFEST).unlink(missing_ok=True)  # of an earlier export, with other files
         rows += [row for name in others for row in formats.EXPORTERS[name](material)]
-        write_card(folder / "README.md", stage, rows)
-        for each in written:
+        write_card(folder / _CARD, stage, rows)
+        for each in (folder, folder / formats.GGUF):
             if each.exists():
                 write_manifest(each, {})
     return {"exports": [row._asdict() for row in rows], **figures}
+
+
+def _remove_earlier(folder: epath.Path) -> None:
+    """Removes what an earlier export wrote beside hf/, and nothing else."""
+    gguf = folder / formats.GGUF
+    for each in (folder, gguf):
+        for file in list(each.iterdir()) if each.exists() else []:
+            ours = file.name.startswith("model") and file.name.endswith(_SUFFIXES)
+            if ours or file.name == MANIFEST or file == folder / _CARD:
+                file.unlink()
+    if gguf.exists() and not any(gguf.iterdir()):
+        gguf.rmdir()
 
 
 def main(config: Config, workdir: epath.Path) -> None:
@@ -94,7 +123,9 @@ def main(config: Config, workdir: epath.Path) -> None:
     try:
         with mistakes_in("export"):
             figures = export_and_check(config.export, stage, workdir)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise ConfigError(f"--config.export.formats: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"--config.export: {error}") from error
     formats.print_table([formats.Row(**row) for row in figures["exports"]])
     write_results(workdir, figures, config)

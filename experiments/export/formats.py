@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +29,8 @@ PROMPT = "The first line of the file says"
 _TEXTS = (PROMPT, "naïve café, 12,345.67 €\r\n\tdef f(x): return x**2  # 你好 🙂", " <|im_end|> two  spaces\n\n")
 _TIMED_PROMPT, _TIMED_NEW = 128, 32
 _IMPORTANCE_ROW, _IMPORTANCE_ROWS = 512, 128
+# As `exported_file.compare` has it.
+_MOST_RELATIVE_DIFFERENCE = 1e-3
 
 
 class Row(NamedTuple):
@@ -67,19 +70,26 @@ class Material:
         return jax.tree.map(lambda leaf: leaf.astype(self.config.dtype).astype(jnp.float32), self.stage.params)
 
     @functools.cached_property
-    def text(self) -> tuple[list[int], list[int]]:
-        """A prompt, and our greedy continuation of it."""
-        prompt = [self.stage.tokenizer.bos_id, *self.stage.tokenizer.encode(PROMPT)]
-        return prompt, continued(self.stage, self.rounded, prompt, max(8, self.config.check_tokens))
+    def prompt(self) -> list[int]:
+        """What the text to compare on begins with."""
+        return [self.stage.tokenizer.bos_id, *self.stage.tokenizer.encode(PROMPT)]
 
     @functools.cached_property
     def reference(self) -> Any:
-        """Our logits over the text."""
+        """The prompt with our greedy continuation, and our logits over both, of the parameters as the folder has them."""
+        return self._reference(self.rounded)
+
+    @functools.cached_property
+    def unrounded_reference(self) -> Any:
+        """The same of the parameters themselves, which GGUF files are made of."""
+        return self.reference if self.config.dtype == "float32" else self._reference(self.stage.params)
+
+    def _reference(self, params: Any) -> Any:
         from lfm_jax.interop.exported_file import reference_logits
 
-        prompt, new = self.text
+        new = continued(self.stage, params, self.prompt, max(8, self.config.check_tokens))
         with jax.default_matmul_precision("highest"):
-            return reference_logits(self.stage.config, self.rounded, self.stage.buffers, prompt + new)
+            return reference_logits(self.stage.config, params, self.stage.buffers, self.prompt + new)
 
     @functools.cached_property
     def torch_model(self) -> Any:
@@ -116,26 +126,50 @@ def continued(stage: Stage, params: Any, prompt: Sequence[int], count: int, stop
 
 
 def _gguf(material: Material) -> list[Row]:
-    """Each type from the parameters themselves, K-quants from the file in float32."""
+    """Each type from the parameters themselves, K-quants from a file in float32 that this run wrote.
+
+    A file has its name once llama.cpp has run it, where that is installed; one in float32 that was not asked for is removed.
+    """
+    folder = material.folder / GGUF
+    unchecked = folder / ".unchecked"
+    if unchecked.exists():  # of an export that was killed
+        unchecked.rmtree()
+    unchecked.mkdir(parents=True)
+    try:
+        return _gguf_files(material, folder, unchecked)
+    finally:
+        unchecked.rmtree()
+
+
+def _gguf_files(material: Material, folder: epath.Path, unchecked: epath.Path) -> list[Row]:
     from lfm_jax.interop.gguf_file import TYPES, export_gguf
     from lfm_jax.interop.gguf_quantize import measure_importance, quantize_gguf
 
-    stage, folder, rows, importance = material.stage, material.folder / GGUF, [], None
-    folder.mkdir(parents=True, exist_ok=True)
-    write = lambda kind: export_gguf(
-        stage.config, stage.params, stage.buffers, folder / f"model-{kind}.gguf",
-        tokenizer=stage.tokenizer_path, type=kind, generation=settings_for(stage.tokenizer),
-    )  # fmt: skip
-    for kind in material.config.gguf_types:
+    stage, rows, importance = material.stage, [], None
+    written: dict[str, epath.Path] = {}
+
+    def write(kind: str) -> epath.Path:
+        if kind not in written:
+            written[kind] = export_gguf(
+                stage.config, stage.params, stage.buffers, unchecked / f"model-{kind}.gguf",
+                tokenizer=stage.tokenizer_path, type=kind, generation=settings_for(stage.tokenizer),
+            )  # fmt: skip
+        return written[kind]
+
+    for kind in dict.fromkeys(material.config.gguf_types):
         if kind in TYPES:
             file = write(kind)
         else:
-            source = folder / "model-F32.gguf"
-            source = source if source.exists() else write("F32")
+            source = write("F32")
             if importance is None and material.config.gguf_importance is not None:
                 importance = measure_importance(source, _importance_rows(material))
-            file = quantize_gguf(source, folder / f"model-{kind}.gguf", kind, importance=importance)
-        rows.append(_run_gguf(material, file))
+            file = quantize_gguf(source, unchecked / f"model-{kind}.gguf", kind, importance=importance)
+        place = folder / file.name
+        row = Row(str(place.relative_to(material.folder.parent)), file.stat().length)
+        if llama_cpp_installed() and material.config.check_tokens:
+            row = row._replace(runtime="llama.cpp", **_run_gguf(material, file, place, exact=kind == "F32"))
+        rows.append(row)
+        written[kind] = file.replace(place)
     return rows
 
 
@@ -148,27 +182,67 @@ def _importance_rows(material: Material) -> list[list[int]]:
     return [[tokenizer.bos_id, *ids[first : first + size]] for first in range(0, len(ids), size)]
 
 
-def _run_gguf(material: Material, file: epath.Path) -> Row:
-    row = Row(str(file.relative_to(material.folder.parent)), file.stat().length)
-    if not llama_cpp_installed() or not material.config.check_tokens:
-        return row
-    prompt, new = material.text
-    text = prompt + new
+def _run_gguf(material: Material, file: epath.Path, place: epath.Path, *, exact: bool) -> dict[str, float | None]:
+    """Those figures of the file's row that llama.cpp tells.
+
+    Args:
+      place: what errors call the file. exact: whether it must compute what we do, as one in float32.
+    """
+    tokenizer, reference, prompt = material.stage.tokenizer, material.unrounded_reference, material.prompt
+    text = reference.tokens.tolist()
+    new = text[len(prompt) :]
     answers = run_llama_cpp(file, texts=_TEXTS, scored=[text], prompts=[prompt], new_tokens=len(new))
-    expected = [list(material.stage.tokenizer.encode(part)) for part in _TEXTS]
+    expected = [list(tokenizer.encode(part)) for part in _TEXTS]
     if answers.ids != expected:
         wrong = next(part for part, ours, theirs in zip(_TEXTS, expected, answers.ids, strict=True) if ours != theirs)
-        raise ValueError(f"{file}: llama.cpp makes other ids of {wrong!r} than the tokenizer that the model was trained with")
+        raise ValueError(f"{place}: llama.cpp makes other ids of {wrong!r} than the tokenizer that the model was trained with")
     # Rows of the vocabulary without a token are not in the file, and have no probability there.
-    known = jnp.asarray(material.reference.logits)[:, : material.stage.tokenizer.vocab_size]
-    log_probs = jax.nn.log_softmax(known, axis=-1)
-    ours = np.asarray(log_probs)[np.arange(len(text) - 1), text[1:]]
-    pairs = zip([*answers.continuations[0], None], [*new, -1], strict=False)
-    same = next(index for index, (theirs, token) in enumerate(pairs) if theirs != token)
-    return row._replace(
-        runtime="llama.cpp", max_difference=float(np.abs(ours - np.asarray(answers.log_probs[0])).max()),
-        greedy_agreement=same / len(new), tokens_per_second=answers.decode_tokens_per_second,
-    )  # fmt: skip
+    known = reference.logits[:, : tokenizer.vocab_size]
+    log_probs = np.asarray(jax.nn.log_softmax(jnp.asarray(known), axis=-1))
+    ours = log_probs[np.arange(len(text) - 1), text[1:]]
+    difference = float(np.abs(ours - np.asarray(answers.log_probs[0])).max())
+    tolerance = tolerated(known)
+    (theirs,) = answers.continuations
+    if theirs and theirs[-1] in settings_for(tokenizer).eos_ids:
+        new = new[: len(theirs)]
+    same = agreeing(new, theirs)
+    other = exact and other_choice(log_probs[len(prompt) - 1 :], new, theirs, tolerance)
+    if other or not difference < (tolerance if exact else np.inf):
+        raise ValueError(
+            f"{place} is not written: log-probabilities in llama.cpp differ by {difference:.3g} ({tolerance:.3g} is expected at "
+            f"most), and {same} of {len(new)} tokens of a greedy continuation are ours"
+        )
+    return {
+        "max_difference": difference, "greedy_agreement": same / len(new),
+        "tokens_per_second": answers.decode_tokens_per_second,
+    }  # fmt: skip
+
+
+def tolerated(logits: np.ndarray) -> float:
+    """What a logit or a log-probability may differ by in another float32 program; logits: ours."""
+    return _MOST_RELATIVE_DIFFERENCE * max(1.0, float(np.abs(logits).max()))
+
+
+def agreeing(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """The number of tokens before the first that is another, or is there in one of the two alone."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
+    return sum(1 for _ in pairs)
+
+
+def other_choice(logits: np.ndarray, ours: Sequence[int], theirs: Sequence[int], tolerance: float) -> bool:
+    """Whether two greedy continuations differ, and not by a tie.
+
+    Args:
+      logits: [seq, vocab], ours; the first row is that which the first of our tokens was chosen by.
+      tolerance: what a logit may differ by; where one of the two tokens has one that is lower than the largest by twice as much,
+        it is no tie.
+    """
+    same = agreeing(ours, theirs)
+    if same == len(ours) == len(theirs):
+        return False
+    if same == min(len(ours), len(theirs)):
+        return True
+    return bool(logits[same].max() - logits[same, [ours[same], theirs[same]]].min() > 2 * tolerance)
 
 
 def _pytorch(material: Material) -> list[Row]:

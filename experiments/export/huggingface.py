@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from experiments.export.formats import PROMPT, Row, continued, installed, settings_for
+from experiments.export.formats import PROMPT, Row, continued, installed, other_choice, settings_for, tolerated
 from experiments.stages import Stage, model_functions
 from lfm_jax.arrays import Tokens
 from lfm_jax.interop import export_folder
+from lfm_jax.interop.exported_file import compare
 from lfm_jax.models import ComputeConfig, FunctionalModel
 from lfm_jax.models.functional import Tree
 
@@ -21,19 +22,30 @@ if TYPE_CHECKING:
 
 
 def export_huggingface(config: "ExportConfig", stage: Stage, folder: epath.Path) -> tuple[list[Row], dict[str, Any]]:
-    """Writes the folder, and compares it with the model where transformers and PyTorch are installed.
+    """Writes the folder, and compares it with the model where transformers and PyTorch are installed, before it has its name.
 
     Returns:
-      A row for each file, and hf_greedy_agrees: whether transformers, reading the folder, makes the same ids of a text and
-      continues them greedily by the same ids; hf_logit_difference: the largest over all of these positions and the whole
+      A row for each file, and hf_greedy_agrees: whether transformers, reading the folder, continues a text greedily by the same
+      ids (if not, by one that is as likely); hf_logit_difference: the largest over all of these positions and the whole
       vocabulary, in float32. Both are None where there was no comparison.
+    Raises:
+      ValueError: transformers makes other ids of the text, or other logits, or chooses other tokens; the folder is not there.
+      ValueError, OSError: see `export_folder`.
     """
-    folder = export_folder(
+    agrees, difference = None, None
+
+    def check(written: epath.Path) -> None:
+        nonlocal agrees, difference
+        try:
+            agrees, difference = _compare(config, stage, written)
+        except ValueError as error:
+            raise ValueError(f"{folder} is not written, since in transformers {error}") from error
+
+    export_folder(
         stage.config, stage.params, stage.buffers, folder,
         tokenizer=stage.tokenizer_path, dtype=config.dtype, max_shard_bytes=config.max_shard_bytes,
-        generation=settings_for(stage.tokenizer),
+        generation=settings_for(stage.tokenizer), check=check,
     )  # fmt: skip
-    agrees, difference = _compare(config, stage, folder)
     rows = [Row(str(file.relative_to(folder.parent.parent)), file.stat().length) for file in sorted(folder.iterdir())]
     if agrees is not None:
         told = {"runtime": "transformers", "max_difference": difference, "greedy_agreement": float(agrees)}
@@ -71,8 +83,14 @@ def _compare(config: "ExportConfig", stage: Stage, folder: epath.Path) -> tuple[
         ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt").input_ids
         generated = theirs.generate(ids, max_new_tokens=config.check_tokens)[0].tolist()
         expected = theirs(torch.tensor([prompt + new])).logits[0].numpy()
-        logits = _logits(functions, rounded, stage.buffers, jnp.asarray([prompt + new]))
-    return generated == prompt + new, float(np.abs(np.asarray(logits) - expected).max())
+        logits = np.asarray(_logits(functions, rounded, stage.buffers, jnp.asarray([prompt + new])))
+    if generated[: len(prompt)] != prompt:
+        raise ValueError(f"the ids of {PROMPT!r} are {generated[: len(prompt)]}, and {prompt} to the tokenizer of the model")
+    difference, _ = compare(expected, logits)
+    theirs = generated[len(prompt) :]
+    if other_choice(logits[len(prompt) - 1 :], new, theirs, tolerated(logits)):
+        raise ValueError(f"the greedy continuation is {theirs}, and {new} here, with logits that differ by {difference:.3g}")
+    return theirs == new, difference
 
 
 @functools.partial(jax.jit, static_argnums=0)

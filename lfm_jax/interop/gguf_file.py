@@ -80,7 +80,7 @@ def export_gguf(
         raise ValueError("a GGUF file holds a tokenizer, and none is given; name a tokenizer.model or a tokenizer.json")
     path = epath.Path(path)
     _check_place(path)
-    _check_computable(config)
+    check_computable(config)
     table = weight_table(config)
     check_parameters(table, params, buffers)
     _check_masters(table, params)
@@ -120,8 +120,8 @@ def _check_place(path: epath.Path) -> None:
                 raise ValueError(f"{path} is there and is no GGUF file; choose another name")
 
 
-def _check_computable(config: ModelConfig) -> None:
-    """Refuses what llama.cpp's graphs of lfm2 and lfm2moe do not compute."""
+def check_computable(config: ModelConfig) -> None:
+    """Refuses, by a ValueError, what llama.cpp's graphs of lfm2 and lfm2moe do not compute."""
     if family(config) == "lfm3":
         raise ValueError(
             "llama.cpp knows LFM3 from b11960 on, and the builds that an export is checked with (xllamacpp, llama-cpp-python) "

@@ -1,7 +1,8 @@
 """Checkpoints in Hugging Face folders: export and import, a tensor at a time and without PyTorch."""
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -53,11 +54,12 @@ def export_folder(
     dtype: Literal["float32", "bfloat16"] = "float32",
     max_shard_bytes: int = 5_000_000_000,
     generation: GenerationSettings | None = None,
+    check: Callable[[epath.Path], None] | None = None,
 ) -> epath.Path:
     """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load: config, weights, tokenizer, generation settings.
 
-    The folder appears under its name only once it is complete, with the SHA-256 of every file in MANIFEST.sha256. Of the
-    parameters, which are left as they are, one at a time is copied.
+    The folder appears under its name only once it is complete, with the SHA-256 of every file in MANIFEST.sha256; where anything
+    fails before, nothing is left of it. Of the parameters, which are left as they are, one at a time is copied.
 
     Args:
       params, buffers: as `FunctionalModel.init` returns them, sharded or not.
@@ -65,11 +67,14 @@ def export_folder(
       dtype: of the weights; an expert bias is always float32.
       max_shard_bytes: a file of weights holds no more, unless a single tensor is larger.
       generation: special ids and sampling defaults. None: those of the LFM2 chat format, greedy.
+      check: is called with the complete folder, under another name; if it raises, the folder does not get its own.
     Returns:
       The folder.
     Raises:
       ValueError: no Hugging Face architecture can hold the configuration, the parameters are not those of the configuration, the
         tokenizer does not fit the vocabulary, or `folder` holds something that is not an earlier export.
+      FileNotFoundError: `tokenizer` holds none.
+      OSError: something cannot be written, e.g. since the disk is full.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
@@ -79,21 +84,39 @@ def export_folder(
         raise ValueError(f"{folder} is there and is no earlier export (it has no {MANIFEST}); choose another folder")
     table = weight_table(config)
     check_parameters(table, params, buffers)
-    partial = folder.parent / f".{folder.name}.partial"
-    if partial.exists():
-        partial.rmtree()
-    partial.mkdir(parents=True)
-    if tokenizer is not None:
-        size = write_tokenizer(tokenizer, partial, generation)
-        check_tokenizer_size(config, size)
-    _write_json(partial / "config.json", to_config_json(config, generation, dtype))
-    _write_json(partial / "generation_config.json", to_generation_json(config, generation))
-    digests = _write_weights(table, params, buffers, partial, _DTYPES[dtype], max_shard_bytes)
-    write_manifest(partial, digests)
-    if folder.exists():
-        folder.rmtree()
-    partial.rename(folder)
+    with _whole_folder(folder) as partial:
+        if tokenizer is not None:
+            size = write_tokenizer(tokenizer, partial, generation)
+            check_tokenizer_size(config, size)
+        _write_json(partial / "config.json", to_config_json(config, generation, dtype))
+        _write_json(partial / "generation_config.json", to_generation_json(config, generation))
+        digests = _write_weights(table, params, buffers, partial, _DTYPES[dtype], max_shard_bytes)
+        write_manifest(partial, digests)
+        if check is not None:
+            check(partial)
     return folder
+
+
+@contextlib.contextmanager
+def _whole_folder(folder: epath.Path) -> Iterator[epath.Path]:
+    """A new folder beside `folder`, which takes its place when the block ends well and is removed when it does not."""
+    partial = folder.parent / f".{folder.name}.partial"
+    try:
+        if partial.exists():  # of an export that was killed
+            partial.rmtree()
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rmtree()
+        partial.rename(folder)
+    except FileNotFoundError:  # what was to be read, which its text names
+        raise
+    except OSError as error:
+        told = f"{folder} was not written, and nothing is left of it ({error.strerror or error}); is there room on the disk?"
+        raise OSError(error.errno, told) from error
+    finally:
+        if partial.exists():
+            partial.rmtree()
 
 
 def is_model_folder(folder: epath.PathLike) -> bool:

@@ -1,6 +1,7 @@
 """Export to and import from Hugging Face folders, judged by transformers and the safetensors package."""
 
 import dataclasses
+import errno
 import json
 import shutil
 import sys
@@ -236,21 +237,57 @@ def test_export_and_import_stream(tmp_path, monkeypatch):
     assert _peak(lambda: import_folder(tmp_path / "hf", place=lambda path, array: path)) < 2.25 * largest
 
 
+def _full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_failed_export_leaves_what_was_there(tmp_path, monkeypatch):
     _, params, buffers = _weights(DENSE)
     folder = export_folder(DENSE, params, buffers, tmp_path / "hf")
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface, "write_safetensors", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
-            export_folder(DENSE, params, buffers, folder)
-        with pytest.raises(OSError, match="disk full"):
-            export_folder(DENSE, params, buffers, tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+        patch.setattr(huggingface, "write_safetensors", _full_disk)
+        for name in ("hf", "new"):
+            told = rf"{name} was not written, and nothing is left of it \(No space left on device\); is there room on the disk\?"
+            with pytest.raises(OSError, match=told) as full:
+                export_folder(DENSE, params, buffers, tmp_path / name)
+            assert full.value.errno == errno.ENOSPC
+    assert [file.name for file in tmp_path.iterdir()] == ["hf"]
     _assert_equal(import_folder(folder).params, params)
     other = jax.tree.map(lambda leaf: leaf + 1, params)
     export_folder(DENSE, other, buffers, folder)
     _assert_equal(import_folder(folder).params, other)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".new.partial", "hf"]
+    assert [file.name for file in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_export_that_is_refused_late_leaves_nothing(tmp_path, monkeypatch):
+    _, params, buffers = _weights(DENSE)
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface, "write_tokenizer", lambda *_: 81)
+        with pytest.raises(ValueError, match="the tokenizer has 81 ids, the model vocab_size 80"):
+            export_folder(DENSE, params, buffers, tmp_path / "hf", tokenizer="any")
+    with pytest.raises(FileNotFoundError, match="nowhere is missing; expected a SentencePiece model"):
+        export_folder(DENSE, params, buffers, tmp_path / "hf", tokenizer=tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_check_sees_the_whole_folder_before_it_has_its_name(tmp_path):
+    _, params, buffers = _weights(DENSE)
+    other = jax.tree.map(lambda leaf: leaf + 1, params)
+    seen = []
+
+    def refuse(folder):
+        seen.append(import_folder(folder).params)
+        raise ValueError("is another model")
+
+    folder = export_folder(
+        DENSE, params, buffers, tmp_path / "hf", check=lambda folder: seen.append(import_folder(folder).params)
+    )
+    for place in (folder, tmp_path / "new"):
+        with pytest.raises(ValueError, match="is another model"):
+            export_folder(DENSE, other, buffers, place, check=refuse)
+    _assert_equal(seen, [params, other, other])
+    assert [file.name for file in tmp_path.iterdir()] == ["hf"]
+    _assert_equal(import_folder(folder).params, params)
 
 
 def test_a_folder_that_is_no_export_is_not_overwritten(tmp_path):
