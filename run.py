@@ -230,16 +230,16 @@ def _start(module: types.ModuleType, config: Any, record: dict[str, Any], workdi
 
     add_to_environment()
     process = distributed.join()
-    peers.watch()
-    path = epath.Path(workdir)
-    _check_workdir(path / "config.json", record, allow_change)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--workdir={path} cannot be made ({error.strerror}): name a folder, new or a run's.") from error
-    if process == 0:
-        write_json(path / "config.json", record)
-    module.main(config, path)
+    with peers.watch():
+        path = epath.Path(workdir)
+        _check_workdir(path / "config.json", record, allow_change)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--workdir={path} cannot be made ({error.strerror}): name a folder, new or a run's.") from error
+        if process == 0:
+            write_json(path / "config.json", record)
+        module.main(config, path)
 
 
 def _run(arguments: list[str]) -> None:

@@ -106,20 +106,15 @@ class Watch:
         self._verdict: dict[str, Any] | None = None
         self._known, self._ended, self._hurry = threading.Event(), threading.Event(), threading.Event()
         self._hurry.set()  # the first beat comes at once
-        self._threads: list[threading.Thread] = []
 
     @property
     def _pause(self) -> float:
         return min(5.0, max(0.25, self.config.silent / 12))
 
     def start(self) -> None:
-        """Begins to beat and to guard, if it has not begun."""
-        if self._threads:
-            return
-        duties = [self._guard] if self._client is None else [self._beat, self._guard]
-        self._threads = [threading.Thread(target=duty, name=duty.__name__, daemon=True) for duty in duties]
-        for thread in self._threads:
-            thread.start()
+        """Begins to beat and to guard."""
+        for duty in [self._guard] if self._client is None else [self._beat, self._guard]:
+            threading.Thread(target=duty, name=duty.__name__, daemon=True).start()
 
     @contextlib.contextmanager
     def at(self, phase: str, step: int | None = None) -> Iterator[None]:
@@ -426,14 +421,26 @@ def at(phase: str, step: int | None = None) -> contextlib.AbstractContextManager
     return _watch.at(phase, step)
 
 
-def watch() -> None:
-    """Begins to watch this process and, where it is one of several (`jax.distributed` runs), the others."""
+@contextlib.contextmanager
+def watch() -> Iterator[None]:
+    """Watches this process for the time of a run and, where it is one of several (`jax.distributed` runs), the others.
+
+    Of several, until the process ends: the others want to know how it does. Where it is alone it may have more runs, or be a
+    notebook's, and what an earlier one was in the midst of when an error ended it is over.
+    """
     global _watch
     client = jax_distributed.global_state.client
-    if client is not None:
+    if client is None:
+        _watch = Watch(WatchConfig())
+    else:
         _watch = Watch(WatchConfig(), jax.process_index(), jax.process_count(), client)
         _say_who_is_gone(_watch)
     _watch.start()
+    try:
+        yield
+    finally:
+        if client is None:
+            _watch.leave(0)
 
 
 def configure(config: WatchConfig) -> None:

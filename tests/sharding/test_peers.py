@@ -1,10 +1,12 @@
 """Who holds a run up is found from what the processes say of themselves, and is named."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from conftest import ROOT
@@ -185,10 +187,10 @@ def test_a_frozen_process_of_this_machine_is_ended_and_no_other():
 ALONE = """
 import sys, threading
 from lfm_jax.sharding import peers
-peers.watch()
-peers.configure(peers.WatchConfig(data=0.5))
-with peers.at("data", 12):
-    threading.Event().wait()
+with peers.watch():
+    peers.configure(peers.WatchConfig(data=0.5))
+    with peers.at("data", 12):
+        threading.Event().wait()
 """
 
 
@@ -212,11 +214,38 @@ def test_without_others_an_error_keeps_its_code():
     watch.leave(0)
 
 
-def test_a_watch_has_no_threads_until_it_is_started_and_then_each_once():
+def test_a_watch_has_no_threads_until_it_is_started():
     before = set(threading.enumerate())
     watch = Watch(WatchConfig())
     assert set(threading.enumerate()) == before
-    for _ in range(2):
-        watch.start()
+    watch.start()
     assert [thread.name for thread in set(threading.enumerate()) - before] == ["_guard"]
     watch.leave(0)
+
+
+def test_what_an_error_ended_is_not_held_against_what_comes_later(monkeypatch):
+    """Not between two runs of one process, nor in the next one, nor in a loop that nobody watches."""
+    ended = []
+    monkeypatch.setattr(Watch, "_pause", 0.1)
+    monkeypatch.setattr(Watch, "_die", lambda self, code: ended.append(code) or self._ended.set())
+
+    def fails():
+        peers.configure(WatchConfig(step=0.5))
+        with peers.at("step", 3):
+            raise ValueError("a step went wrong")
+
+    for watched in (peers.watch, contextlib.nullcontext):
+        before = set(threading.enumerate())
+        with pytest.raises(ValueError, match="went wrong"), watched():
+            fails()
+        time.sleep(1)
+        assert ended == [] and not set(threading.enumerate()) - before
+        with peers.watch():
+            peers.configure(WatchConfig(step=0.5))
+            time.sleep(1)
+        assert ended == []
+    with peers.watch():
+        peers.configure(WatchConfig(step=0.5))
+        with peers.at("step", 3):
+            time.sleep(1.5)
+    assert ended == [EXIT_PEER]
