@@ -1,166 +1,236 @@
-"""Our training step against transformers' on the same weights and batch: tokens a second, side by side in one run."""
+"""Our training step against transformers' on the same weights and batch: tokens a second and memory, side by side in one run."""
 
+import contextlib
 import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
 
-from experiments.export.huggingface import quiet_transformers
+from experiments.benchmarks.processes import ROOT
 from experiments.results import write_results
-from lfm_jax.models import preset
+from lfm_jax.configuration import ConfigError, to_mapping
+from lfm_jax.models import ComputeConfig, preset
 from lfm_jax.models.accounting import training_flops_per_token
+
+ENGINES = ("ours", "transformers", "transformers_compiled", "transformers_compiled_bfloat16", "ours_whole_rows")
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}  # of JAX_PLATFORMS; with "cuda" alone jax fails an assertion where there is no GPU
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """preset: the architecture; rows, seq: of the batch. Both sides compute in float32, on a CPU.
+    """presets: the architectures; rows, seq: of the batch; accumulation: micro-batches that either side takes the rows in.
 
-    accumulation: micro-batches that our step takes the rows in; on a CPU, fewer activations are more often in its caches.
-    steps: of one side before the other has its turn; rounds: turns, of which the first is not timed.
-    compiled: also time transformers through torch.compile.
+    platform: on a CPU the engines live side by side and take turns; on a GPU each has it to itself, one after the other, so that
+      none takes another's memory.
+    compute: how ours computes, and with `dtype` how theirs does; parameters and optimizer are float32 on either side.
+    loss_block: tokens whose logits ours has at one time; transformers has those of a whole micro-batch.
+    engines: of `ENGINES`, "ours" first, since it writes the weights; see `train_step_engines`.
+    steps: of one turn; rounds: turns, of which the first compiles and is not timed.
+    matmul: rows and columns of the matrices whose product says what the device can do at best.
+    limit_seconds: an engine that could only be started later is left out, and named; None: none is.
     """
 
-    preset: str
+    presets: tuple[str, ...] = ("nano",)
     rows: int
     seq: int
-    accumulation: int
+    accumulation: int = 1
+    platform: Literal["cpu", "gpu"] = "cpu"
+    compute: ComputeConfig = ComputeConfig(dtype="float32")
+    loss_block: int = 2048
+    engines: tuple[str, ...] = ("ours", "transformers", "transformers_compiled")
     steps: int
     rounds: int
-    compiled: bool = True
+    matmul: int = 2048
+    limit_seconds: float | None = None
     learning_rate: float = 1e-3
 
     def __post_init__(self):
-        preset(self.preset)  # raises where there is none
+        for name in self.presets:
+            preset(name)  # raises where there is none
+        unknown = [engine for engine in self.engines if engine not in ENGINES]
+        if unknown:
+            raise ValueError(f"engines has {unknown[0]!r}; known are {', '.join(ENGINES)}")
+        if self.engines[:1] != ("ours",):
+            raise ValueError(f"engines must begin with 'ours', which writes the weights for the others; got {self.engines}")
         if self.rounds < 2:
             raise ValueError(f"rounds must be at least 2, since the first is not timed; got {self.rounds}")
+        if self.rows % self.accumulation:
+            raise ValueError(f"rows={self.rows} do not divide into accumulation={self.accumulation} micro-batches")
+        dtype = self.compute.dtype
+        if dtype == "auto" or (self.platform, dtype) == ("gpu", "float32"):
+            raise ValueError(
+                f"compute.dtype is {dtype!r} with platform={self.platform!r}: name the type that both sides compute in, which is "
+                "bfloat16 on a GPU, where libraries differ in what they call float32"
+            )
+        if dtype == "float32" and "transformers_compiled_bfloat16" in self.engines:
+            raise ValueError("transformers_compiled_bfloat16 has no float32 to compute in; leave it out of engines")
 
 
-def _ours(config: Config, batch: dict[str, np.ndarray], folder: epath.Path) -> Callable[[], float]:
-    """A step that returns its loss. Writes the weights it begins with as a Hugging Face folder."""
-    import jax
-
-    from lfm_jax.interop import export_folder
-    from lfm_jax.models import ComputeConfig, Decoder, functional
-    from lfm_jax.sharding import MeshConfig, make_mesh
-    from lfm_jax.training import (
-        LossConfig,
-        OptimizerConfig,
-        init_state,
-        make_optimizer,
-        make_train_step,
-        next_token_objective,
-        place_batch,
-    )
-
-    model = preset(config.preset)
-    functions = functional(lambda rngs: Decoder(model, ComputeConfig(dtype="float32"), rngs=rngs))
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=config.learning_rate), 1_000_000)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    state = init_state(functions, optimizer, mesh, 0)
-    export_folder(model, state.params, state.buffers, folder)
-    objective = next_token_objective(LossConfig())
-    step = make_train_step(functions, optimizer, objective, mesh, seed=0, accumulation=config.accumulation)
-    placed = place_batch(batch, mesh)
-
-    def run() -> float:
-        nonlocal state
-        state, metrics = step(state, placed)
-        return float(metrics["loss"])
-
-    return run
+class _Failed(RuntimeError):
+    """An engine could not do what it was asked; the text is the reason in one line."""
 
 
-def _theirs(config: Config, batch: dict[str, np.ndarray], folder: epath.Path, compiled: bool) -> Callable[[], float]:
-    """The same step of transformers and PyTorch."""
-    quiet_transformers()
-    import torch
-    from transformers import AutoModelForCausalLM
+class _Engine:
+    """A process of `train_step_engines`, alive within its `with`.
 
-    from lfm_jax.training import OptimizerConfig
+    Raises:
+      ConfigError: its device is not there.
+      _Failed: it did not come as far as its first step.
+    """
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    settings = OptimizerConfig(learning_rate=config.learning_rate)
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings.learning_rate, betas=(settings.b1, settings.b2), eps=settings.eps, fused=True,
-    )  # fmt: skip
-    forward = torch.compile(model) if compiled else model
-    tokens, targets = (torch.from_numpy(batch[name]).long() for name in ("tokens", "targets"))
+    def __init__(self, engine: str, config: Config, preset: str, folder: epath.Path):
+        command = [sys.executable, "-m", "experiments.benchmarks.train_step_engines"]
+        platform = "cpu" if engine.startswith("transformers") else config.platform  # there jax must not touch the GPU's memory
+        environment = os.environ | {"JAX_PLATFORMS": PLATFORMS[platform], "PYTHONPATH": str(ROOT)}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
+        job = {"engine": engine, "config": to_mapping(config), "preset": preset, "folder": str(folder)}
+        try:
+            self.ready = self.ask(job)
+        except BaseException:
+            self.__exit__()
+            raise
 
-    def run() -> float:
-        optimizer.zero_grad(set_to_none=True)
-        logits = forward(tokens, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-        optimizer.step()
-        return float(loss.detach())
+    def __enter__(self) -> "_Engine":
+        return self
 
-    return run
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(BrokenPipeError), self._process:  # closes the pipes, without which it ends, and waits
+            pass
 
-
-def _matmul_flops_per_second(repetitions: int = 10) -> float:
-    """The fastest of some float32 products of 2,048 x 2,048 matrices: what the arithmetic can do at best here."""
-    import jax
-    import jax.numpy as jnp
-
-    product = jax.jit(lambda a: a @ a)
-    matrix = jnp.ones((2048, 2048))
-    seconds = []
-    for _ in range(repetitions):
-        begin = time.perf_counter()
-        product(matrix).block_until_ready()
-        seconds.append(time.perf_counter() - begin)
-    return 2 * 2048**3 / min(seconds)
-
-
-def _batch(config: Config) -> dict[str, np.ndarray]:
-    """Rows of one document of random tokens each."""
-    vocab = preset(config.preset).vocab_size
-    tokens = np.random.default_rng(0).integers(0, vocab, (config.rows, config.seq + 1), dtype=np.int32)
-    shape = config.rows, config.seq
-    return {
-        "tokens": tokens[:, :-1].copy(), "targets": tokens[:, 1:].copy(), "segment_ids": np.ones(shape, np.int32),
-        "positions": np.tile(np.arange(config.seq, dtype=np.int32), (config.rows, 1)), "loss_mask": np.ones(shape, np.float32),
-    }  # fmt: skip
+    def ask(self, question: Any) -> dict[str, Any]:
+        """See `train_step_engines`."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and the line that is missing says so
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise _Failed(f"the process ended with {self._process.wait()}; what it said is above")
+        answer = json.loads(line)
+        if "refused" in answer:
+            raise ConfigError(answer["refused"])
+        if "failed" in answer:
+            raise _Failed(answer["failed"])
+        return answer
 
 
 def main(config: Config, workdir: epath.Path) -> None:
-    """Lets the sides take turns, holds their losses against each other, and writes the rates."""
+    """Times the engines, holds their losses against each other, and writes the rates.
+
+    Raises:
+      ConfigError: the platform is a GPU, and JAX or PyTorch sees none.
+      RuntimeError: engines failed; the figures of the others are written.
+    """
+    import jax
+
+    deadline = None if config.limit_seconds is None else time.monotonic() + config.limit_seconds
+    peak = _matmul_flops_per_second(config, workdir)
+    rows, failures = [], {}
+    for name in config.presets:
+        answers = _timed(config, name, workdir / "weights" / name, deadline, failures)
+        rows += _rows(config, name, answers, peak)
+    jax.config.update("jax_platforms", PLATFORMS[config.platform])  # for the device that the results name
+    about = {
+        "torch_version": importlib.metadata.version("torch"), "transformers_version": importlib.metadata.version("transformers"),
+        "causal_conv1d": importlib.util.find_spec("causal_conv1d") is not None, "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }  # fmt: skip
+    figures = {"matmul_flops_per_second": peak, **_ratios(rows), **about}
+    write_results(workdir, {**figures, "engines": [_told(row) for row in rows], "failures": failures}, config)
+    if failures:
+        raise RuntimeError("without figures are " + "; ".join(f"{engine}: {reason}" for engine, reason in failures.items()))
+
+
+def _matmul_flops_per_second(config: Config, workdir: epath.Path) -> float:
+    missing = []
+    if config.platform == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            missing.append(f"PyTorch {torch.__version__} sees none.")
+    try:
+        with _Engine("matmul", config, config.presets[0], workdir) as engine:
+            found = engine.ready
+    except ConfigError as error:
+        missing.append(f"JAX says: {error}.")
+    if missing:
+        raise ConfigError(
+            f"platform='gpu' needs an NVIDIA GPU that JAX and PyTorch see. {' '.join(missing)} Run it on a machine that has one, "
+            "with the extras `gpu` and `export` (PyTorch's build for CUDA), or leave out `:gpu` to compare on the CPU."
+        )
+    return found["flops_per_second"]
+
+
+@contextlib.contextmanager
+def _noting(failures: dict[str, str], name: str) -> Iterator[None]:
+    try:
+        yield
+    except _Failed as error:
+        failures[name] = str(error)
+
+
+def _timed(
+    config: Config, name: str, folder: epath.Path, deadline: float | None, failures: dict[str, str]
+) -> dict[str, list[dict[str, Any]]]:
+    """The answers of each engine that did all its turns; what others failed of is added to `failures`."""
     from rich.progress import track
 
-    batch, folder = _batch(config), workdir / "weights"
-    steps: dict[str, Callable[[], float]] = {"ours": _ours(config, batch, folder)}
-    steps["transformers"] = _theirs(config, batch, folder, compiled=False)
-    if config.compiled:
-        steps["transformers_compiled"] = _theirs(config, batch, folder, compiled=True)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    losses: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in track(range(config.rounds), description="timing"):
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            losses[name] += [step() for _ in range(config.steps)]
-            if turn:
-                seconds[name].append((time.perf_counter() - begin) / config.steps)
-    write_results(workdir, _figures(config, seconds, losses), config)
+    answers: dict[str, list[dict[str, Any]]] = {engine: [] for engine in config.engines}
+    label = {engine: f"{name} {engine}" for engine in config.engines}
+    for group in [config.engines] if config.platform == "cpu" else [(engine,) for engine in config.engines]:
+        if deadline is not None and time.monotonic() > deadline:
+            failures |= {label[engine]: f"not started, limit_seconds={config.limit_seconds} were over" for engine in group}
+            continue
+        with contextlib.ExitStack() as stack:
+            running = {}
+            for engine in group:
+                with _noting(failures, label[engine]):
+                    running[engine] = stack.enter_context(_Engine(engine, config, name, folder))
+            for _ in track(range(config.rounds), description=f"{name} {', '.join(group)}"):
+                for engine, process in running.items():
+                    if label[engine] not in failures:
+                        with _noting(failures, label[engine]):
+                            answers[engine].append(process.ask(config.steps))
+        for engine in group:
+            print(name, engine, json.dumps([answer["seconds"] for answer in answers[engine]]), flush=True)
+    return {engine: turns for engine, turns in answers.items() if label[engine] not in failures}
 
 
-def _figures(config: Config, seconds: dict[str, list[float]], losses: dict[str, list[float]]) -> dict[str, Any]:
-    tokens = config.rows * config.seq
-    flops = tokens * training_flops_per_token(preset(config.preset), config.seq)
-    peak = _matmul_flops_per_second()
-    figures: dict[str, Any] = {"floor_seconds": flops / peak, "matmul_flops_per_second": peak}
-    for name, spent in seconds.items():
-        figures[f"{name}_seconds"] = float(np.median(spent))
-        figures[f"{name}_tokens_per_second"] = tokens / float(np.median(spent))
-        figures[f"{name}_flops_utilization"] = flops / float(np.median(spent)) / peak
-    for name in seconds:
-        if name != "ours":
-            figures[f"ours_over_{name}"] = float(np.median(np.divide(seconds[name], seconds["ours"])))
-            figures[f"{name}_loss_difference"] = float(np.abs(np.subtract(losses[name], losses["ours"])).max())
-    return figures
+def _rows(config: Config, name: str, answers: dict[str, list[dict[str, Any]]], peak: float) -> list[dict[str, Any]]:
+    """The figures of each engine, and under `turns` the seconds of a step in each of its timed turns."""
+    tokens, rows = config.rows * config.seq, []
+    flops = tokens * training_flops_per_token(preset(name), config.seq)
+    losses = {engine: np.concatenate([turn["losses"] for turn in turns]) for engine, turns in answers.items()}
+    for engine, answered in answers.items():
+        turns = [turn["seconds"] / config.steps for turn in answered[1:]]
+        seconds = float(np.median(turns))
+        rows.append({
+            "preset": name, "engine": engine, "seconds": seconds, "tokens_per_second": tokens / seconds,
+            "floor_seconds": flops / peak, "flops_utilization": flops / seconds / peak,
+            "peak_bytes": answered[-1]["peak_bytes"], "turns": turns,
+            "loss_difference": float(np.abs(losses[engine] - losses["ours"]).max()) if "ours" in losses else None,
+        })  # fmt: skip
+    return rows
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "turns"}
+
+
+def _ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How much faster ours are than each engine of transformers, the median of the turns."""
+    ours = [row for row in rows if row["engine"].startswith("ours")]
+    theirs = [row for row in rows if not row["engine"].startswith("ours")]
+    return {
+        f"{one['preset']}_{one['engine']}_over_{other['engine']}": float(np.median(np.divide(other["turns"], one["turns"])))
+        for one in ours
+        for other in theirs
+        if one["preset"] == other["preset"]
+    }

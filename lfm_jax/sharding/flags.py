@@ -4,6 +4,10 @@ libtpu reads them from `LIBTPU_INIT_ARGS` when it is loaded, and ends the proces
 pinned libtpu compile with each list. None has been measured on this architecture; they are what the fastest public trainers
 agree on. Left out are offloads of all-reduces to the SparseCore, which AXLearn reports to change losses (on v6e with JAX 0.6.2,
 and on TPU v7).
+
+A run on GPUs has XLA's defaults, and what `XLA_FLAGS` says: of the flags that circulate (docs/benchmarks/train_step.md) none has
+been measured here. Most are about collectives, and on one GPU each moved a step of 0.5 s by 1 ms at most
+(vorushin/tpuchat, gpu/REPORT.md, JAX 0.7.2).
 """
 
 import os
