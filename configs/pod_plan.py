@@ -3,17 +3,20 @@
     python run.py --config=configs/pod_plan.py:lfm2_350m --workdir=workdirs/pod_plan --config.topologies=v5e:16x16
 
 Compiles the real training step for the slice, estimates its time from the compiled program, tries meshes, micro-batches and
-rematerialisation, and recommends the fastest that fits. Batch and tokens are those of `configs/pretrain.py`. Every time is an
-estimate. Needs libtpu; one compilation of lfm2_350m takes one to three minutes on 2 cores, and what is compiled stays in the
-workdir. The recorded run is docs/benchmarks/pod_plan.md. Other arguments:
+rematerialisation, and recommends the fastest that fits. Where a context leaves fewer rows than devices, as 32,768 does
+(`--config.seq_lens=32768`), sequences are split over as few devices as use them all. Batch and tokens are those of
+`configs/pretrain.py`. Every time is an estimate. Needs libtpu; one compilation of lfm2_350m takes one to three minutes on 2
+cores, and what is compiled stays in the workdir. The recorded run is docs/benchmarks/pod_plan.md. Other arguments:
 
     python run.py --config=configs/pod_plan.py:all --workdir=workdirs/pod_plan_all
     python run.py --config=configs/pod_plan.py:scale --workdir=workdirs/pod_plan_scale
+    python run.py --config=configs/pod_plan.py:scale_v5p --workdir=workdirs/pod_plan_scale_v5p
     python run.py --config=configs/pod_plan.py:published --workdir=workdirs/pod_plan_published
 
 `all` plans every preset on a slice of v5e, v5p and v6e each with two sequences of 4,096 tokens a device, in the first layout that
-fits; `scale` plans lfm2_350m
-on 16 to 256 chips of v5e; `published` plans runs whose speed is published, and compares.
+fits; `scale` plans lfm2_350m with 8,192 tokens a device on 16 to 256 chips of v5e, and on the largest slice with contexts up to
+131,072; `scale_v5p` does on 16 to 512 chips, `scale_v6e` on 16 to 256; `published` plans runs whose speed is published, and
+compares.
 """
 
 from typing import Any
@@ -77,21 +80,27 @@ def _one(name: str) -> dict[str, Any]:
     }
 
 
+def _scale(*topologies: str) -> dict[str, Any]:
+    return {
+        "presets": ("lfm2_350m",), "topologies": topologies, "seq_lens_on_last": (8192, 16_384, 32_768, 65_536, 131_072),
+        "tokens_per_device": 8192, "total_tokens": _LFM2_350M_TOKENS,
+    }  # fmt: skip
+
+
 _TABLES = {
     "all": {
         "presets": tuple(name for name in PRESETS if name not in SMALL), "topologies": ("v5e:16x16", "v5p:8x8x8", "v6e:16x16"),
         "tokens_per_device": 8192, "search": "first", "accumulations": (2,), "remats": ("dots", "full"), "total_tokens": 10**12,
     },
-    "scale": {
-        "presets": ("lfm2_350m",), "topologies": ("v5e:4x4", "v5e:8x8", "v5e:16x16"), "tokens_per_device": 8192,
-        "total_tokens": _LFM2_350M_TOKENS,
-    },
+    "scale": _scale("v5e:4x4", "v5e:8x8", "v5e:16x16"),
+    "scale_v5p": _scale("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x8"),
+    "scale_v6e": _scale("v6e:4x4", "v6e:8x8", "v6e:16x16"),
     "published": {"presets": (), "topologies": (), "tokens_per_device": 8192, "published": _PUBLISHED},
 }  # fmt: skip
 
 
 def get_config(argument: str = "lfm2_350m") -> ConfigDict:
-    """The plan of an architecture, or one of the tables: all, scale, published."""
+    """The plan of an architecture, or one of the tables: all, scale (of v5e), scale_v5p, scale_v6e, published."""
     name = argument or "lfm2_350m"
     settings = _TABLES[name] if name in _TABLES else _one(name)
     return ConfigDict({"experiment": "pod_plan", **settings})

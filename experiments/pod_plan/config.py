@@ -39,9 +39,11 @@ class PublishedRun:
 class Config:
     """presets, topologies, seq_lens: each combination is planned. A topology is written as the TPU compiler does, v5e:16x16.
 
+    seq_lens_on_last: more contexts, on the last of the topologies alone.
     batch_tokens: tokens of a step, or tokens_per_device: the same for each device; one of the two.
     total_tokens: of the whole run, for days and chip-hours.
-    mesh, accumulation, compute: the layout that is tried first. mesh None: as the memory asks for (`search.starting_mesh`).
+    mesh, accumulation, compute: the layout that is tried first. mesh None: as the memory asks for (`search.starting_mesh`). Of
+      any mesh, `context` grows where there are fewer rows than devices (`search.split_sequences`).
     meshes, accumulations, remats: what else is tried; none: nothing else.
     search: "greedy" takes mesh, accumulation and rematerialisation one after the other, each at its best; "full" all products;
       "first" one policy of rematerialisation after the other, each with every accumulation, and ends at what fits.
@@ -53,6 +55,7 @@ class Config:
     presets: tuple[str, ...]
     topologies: tuple[str, ...]
     seq_lens: tuple[int, ...] = (4096,)
+    seq_lens_on_last: tuple[int, ...] = ()
     batch_tokens: int | None = None
     tokens_per_device: int | None = None
     total_tokens: int = 10**12

@@ -1,6 +1,7 @@
 """Plans training on a pod without one: compiles the step for the slice, estimates it, and recommends a layout."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 from etils import epath
@@ -11,7 +12,7 @@ from experiments.pod_plan import tables
 from experiments.pod_plan.compilation import Job
 from experiments.pod_plan.config import Config, PublishedRun
 from experiments.pod_plan.figures import device_count, measure
-from experiments.pod_plan.search import Layout, best, ladder, search, starting_mesh
+from experiments.pod_plan.search import Batch, Layout, best, ladder, search, starting_mesh
 from experiments.results import write_results
 from lfm_jax.models import preset
 from lfm_jax.sharding.flags import flags_for
@@ -20,19 +21,18 @@ CACHE = "compiled"
 
 
 def main(config: Config, workdir: epath.Path) -> None:
-    """Writes results.json, pod_plan.md (the tables), pod_plan.png and, where slices differ in size, scale.png.
+    """Writes results.json, pod_plan.md (the tables), pod_plan.png and, where slices or contexts differ, scale.png.
 
     Compiled programs stay in the workdir, so a run resumes.
     """
     console = Console()
     plans, trials, ladders = [], [], []
     for name in config.presets:
-        for topology in config.topologies:
-            for seq_len in config.seq_lens:
-                plan, tried, remedies = _plan(config, workdir, console, name, topology, seq_len)
-                plans.append(plan)
-                trials += tried
-                ladders += remedies
+        for topology, seq_len in _shapes(config):
+            plan, tried, remedies = _plan(config, workdir, console, name, topology, seq_len)
+            plans.append(plan)
+            trials += tried
+            ladders += remedies
     comparisons = [_compare(config, workdir, console, run) for run in config.published]
     figures = {"plans": plans, "trials": trials, "remedies": ladders, "published": comparisons, "note": tables.NOTE}
     figures |= tables.headline(plans)
@@ -43,9 +43,16 @@ def main(config: Config, workdir: epath.Path) -> None:
     console.print(tables.NOTE)
 
 
-def _rows(config: Config, topology: str, seq_len: int) -> int:
-    tokens = config.batch_tokens or config.tokens_per_device * device_count(topology)
-    return max(1, tokens // seq_len)
+def _shapes(config: Config) -> list[tuple[str, int]]:
+    """The slices with the contexts that are planned on them."""
+    shapes = list(itertools.product(config.topologies, config.seq_lens))
+    return shapes + [(topology, seq_len) for topology in config.topologies[-1:] for seq_len in config.seq_lens_on_last]
+
+
+def _batch(config: Config, topology: str, seq_len: int) -> Batch:
+    devices = device_count(topology)
+    tokens = config.batch_tokens or config.tokens_per_device * devices
+    return Batch(max(1, tokens // seq_len), seq_len, devices)
 
 
 def _options(config: Config, topology: str) -> tuple[str, ...]:
@@ -57,22 +64,22 @@ def _options(config: Config, topology: str) -> tuple[str, ...]:
 def _plan(config: Config, workdir: epath.Path, console: Console, name: str, topology: str, seq_len: int):
     """(the recommended layout's figures, those of all layouts without their tables, the remedies if none fits)."""
     first = Layout(config.mesh or starting_mesh(preset(name), topology), config.accumulation, config.compute.remat)
-    rows = _rows(config, topology, seq_len)
+    batch = _batch(config, topology, seq_len)
 
     def attempt(layout: Layout) -> dict[str, Any]:
         job = Job(
-            model=preset(name), topology=topology, mesh=layout.mesh, rows=rows, seq_len=seq_len, accumulation=layout.accumulation,
-            compute=dataclasses.replace(config.compute, remat=layout.remat), optimizer=config.optimizer, loss=config.loss,
-            options=_options(config, topology),
+            model=preset(name), topology=topology, mesh=layout.mesh, rows=batch.rows, seq_len=seq_len,
+            accumulation=layout.accumulation, compute=dataclasses.replace(config.compute, remat=layout.remat),
+            optimizer=config.optimizer, loss=config.loss, options=_options(config, topology),
         )  # fmt: skip
-        what = f"{name} on {topology}, {rows} x {seq_len:,}, {layout}"
+        what = f"{name} on {topology}, {batch.rows} x {seq_len:,}, {layout}"
         with console.status(f"compiling {what}"):
             figures = measure(job, workdir / CACHE, config.total_tokens, config.compile_seconds)
         console.print(f"{what}: {tables.in_a_line(figures)}")
         return {"preset": name, **figures}
 
-    tried = search(config, first, attempt)
-    chosen = best(tried)
+    tried = search(config, batch, first, attempt)
+    chosen, first = best(tried), next(iter(tried))
     about = {"preset": name, "topology": topology, "seq_len": seq_len}
     remedies = [] if chosen else [{**about, **row} for row in ladder(first, tried)]
     plan = tried[chosen or first]
@@ -113,4 +120,3 @@ def _print_plan(console: Console, plan: dict[str, Any], remedies: list[dict[str,
             console.print(f"  {row['remedy']}: saves {row['saved_bytes'] / 2**30:.2f} GiB ({fits})")
     elif not plan["fits"]:
         console.print(f"Not planned: {plan['problem']}")
-

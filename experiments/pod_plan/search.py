@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from experiments.pod_plan.config import Config
 from lfm_jax.models import ModelConfig
 from lfm_jax.models.accounting import parameter_count
-from lfm_jax.sharding import MeshConfig
+from lfm_jax.sharding import CHUNKS, MeshConfig, mesh_sizes
 from lfm_jax.sharding.chips import CHIPS
 
 
@@ -23,6 +24,15 @@ class Layout:
 
     def __str__(self) -> str:
         return f"{mesh_text(self.mesh)}, {self.accumulation} x {self.remat}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """rows, seq_len: of a step; devices: that it is split over."""
+
+    rows: int
+    seq_len: int
+    devices: int
 
 
 Trial = dict[str, Any]  # the figures of one layout: at least `fits`, and `peak_bytes` and `seconds_per_step`, which may be None
@@ -46,8 +56,28 @@ def starting_mesh(model: ModelConfig, topology: str) -> MeshConfig:
     return MeshConfig(data=-1, fsdp=next((size for size in sizes if held / size <= chip.hbm_capacity / 2), sizes[-1]))
 
 
-def search(config: Config, first: Layout, attempt: Callable[[Layout], Trial]) -> dict[Layout, Trial]:
-    """Tries layouts as `config.search` says, the first one first; returns all that were tried."""
+def split_sequences(layout: Layout, batch: Batch) -> Layout:
+    """The layout with the smallest `context` at which a micro-batch has rows for all devices, if its own is too small for that.
+
+    A replica of the model stays over as many devices where it can: what `context` takes, a given `fsdp` gives, since large arrays
+    are split over both. Where no size does, the layout comes back as it is, for the compilation to say why.
+    """
+    mesh = layout.mesh
+    for context in range(mesh.context, batch.devices + 1, mesh.context):
+        given = math.gcd(context // mesh.context, mesh.fsdp) if mesh.fsdp > 0 else 1
+        wider = dataclasses.replace(mesh, context=context, fsdp=mesh.fsdp // given)
+        try:
+            data, fsdp, expert, *_ = mesh_sizes(wider, batch.devices)
+        except ValueError:  # no divisor of the devices
+            continue
+        whole = context == 1 or batch.seq_len % (CHUNKS * context) == 0
+        if whole and batch.rows % (layout.accumulation * data * fsdp * expert) == 0:
+            return dataclasses.replace(layout, mesh=wider)
+    return layout
+
+
+def search(config: Config, batch: Batch, first: Layout, attempt: Callable[[Layout], Trial]) -> dict[Layout, Trial]:
+    """Tries layouts as `config.search` says, the first one first, each as `split_sequences` has it; returns all of them."""
     choices = {
         "mesh": (first.mesh, *config.meshes),
         "accumulation": (first.accumulation, *config.accumulations),
@@ -55,9 +85,11 @@ def search(config: Config, first: Layout, attempt: Callable[[Layout], Trial]) ->
     }
     tried: dict[Layout, Trial] = {}
 
-    def run(layout: Layout) -> None:
+    def run(proposed: Layout) -> Layout:
+        layout = split_sequences(proposed, batch)
         if layout not in tried:
             tried[layout] = attempt(layout)
+        return layout
 
     if config.search == "full":
         for values in itertools.product(*choices.values()):
@@ -65,18 +97,14 @@ def search(config: Config, first: Layout, attempt: Callable[[Layout], Trial]) ->
         return tried
     if config.search == "first":
         for remat, accumulation in itertools.product(choices["remat"], choices["accumulation"]):
-            layout = Layout(first.mesh, accumulation, remat)
-            run(layout)
-            if tried[layout]["fits"]:
+            if tried[run(Layout(first.mesh, accumulation, remat))]["fits"]:
                 break
         return tried
-    at = first
-    run(at)
+    at = first  # as proposed: with more micro-batches, `context` is found anew
     for name, values in choices.items():
-        options = [dataclasses.replace(at, **{name: value}) for value in dict.fromkeys(values)]
-        for option in options:
-            run(option)
-        at = best({option: tried[option] for option in options}) or _smallest({option: tried[option] for option in options}) or at
+        proposed = {run(option): option for option in (dataclasses.replace(at, **{name: value}) for value in values)}
+        trials = {layout: tried[layout] for layout in proposed}
+        at = proposed.get(best(trials) or _smallest(trials), at)
     return tried
 
 

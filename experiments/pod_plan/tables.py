@@ -1,11 +1,12 @@
 """The planner's figures as people read them: lines for the terminal, tables for documentation, a plot."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
 
 from experiments.markdown import markdown_table
+from experiments.pod_plan.collectives import KINDS
 from experiments.pod_plan.figures import totals
 from experiments.report import format_figure
 
@@ -27,10 +28,12 @@ def in_a_line(row: dict[str, Any]) -> str:
 
 
 def plan_lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(figure, value) of a plan, then where its time goes."""
+    """(figure, value) of a plan, then what its device sends, then where its time goes."""
     for name, value in plan.items():
         if not isinstance(value, list) and value is not None:
             yield name, format_figure(value, name)
+    for entry in plan.get("collectives", []):
+        yield f"sent by {entry['kind']}", format_figure(entry["bytes"], "bytes")
     for entry in plan.get("breakdown", [])[:12]:
         yield f"{entry['operation']}, {entry['place']}", f"{entry['share']:.1%}"
 
@@ -46,6 +49,13 @@ def headline(plans: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+_WHAT = {
+    "preset": lambda row: row["preset"], "slice": lambda row: row["topology"],
+    "rows x context": lambda row: f"{row['rows']} x {row['seq_len']:,}",
+    "layout": lambda row: f"{row['mesh']}; {row['accumulation']} x {row['remat']}",
+}  # fmt: skip
+
+
 def _number(name: str, scale: float = 1, digits: int = 2):
     def cell(row: dict[str, Any]) -> str:
         return "" if row.get(name) is None else f"{row[name] / scale:,.{digits}f}"
@@ -58,8 +68,7 @@ def _percent(name: str):
 
 
 def markdown(plans: list[dict], trials: list[dict], remedies: list[dict], published: list[dict]) -> str:
-    """The tables: recommendations, where the time goes, comparisons, remedies, and every layout that was tried."""
-    layout = lambda row: f"{row['mesh']}; {row['accumulation']} x {row['remat']}"
+    """The tables: recommendations, FLOPs and bytes between chips, where the time goes, comparisons, remedies, every trial."""
     memory = {
         "argument GiB": _number("argument_bytes", _GIB), "temp GiB": _number("temporary_bytes", _GIB),
         "peak GiB": _number("peak_bytes", _GIB), "of": _number("capacity_bytes", _GIB),
@@ -70,12 +79,9 @@ def markdown(plans: list[dict], trials: list[dict], remedies: list[dict], publis
         "interconnect GB": _number("interconnect_bytes", 1e9),
         "waiting for links s": _number("seconds_waiting_for_links", digits=4),
     }  # fmt: skip
-    what = {
-        "preset": lambda row: row["preset"], "slice": lambda row: row["topology"],
-        "rows x context": lambda row: f"{row['rows']} x {row['seq_len']:,}", "layout": layout,
-    }  # fmt: skip
     cost = {"days": _number("days", digits=1), "chip-hours": _number("chip_hours", digits=0)}
-    lines = ["## Plans", "", *markdown_table({**what, **memory, **speed, **cost}, plans), ""]
+    lines = ["## Plans", "", *markdown_table({**_WHAT, **memory, **speed, **cost}, plans), ""]
+    lines += ["## What a device computes and sends in a step", "", *_work_table([*plans, *published]), ""]
     for plan in plans:
         if plan.get("breakdown"):
             lines += [f"### Where the time goes: {plan['preset']} on {plan['topology']}, {plan['seq_len']:,}", ""]
@@ -86,16 +92,29 @@ def markdown(plans: list[dict], trials: list[dict], remedies: list[dict], publis
             "measured": _number("measured_tokens_per_second_per_chip", digits=0),
             "estimate / measured": _number("estimate_over_measured"), "differs in": lambda row: row["notes"],
         }  # fmt: skip
-        lines += ["## Published runs", "", *markdown_table({**what, **memory, **speed, **against}, published), ""]
+        lines += ["## Published runs", "", *markdown_table({**_WHAT, **memory, **speed, **against}, published), ""]
     if remedies:
         saved = {"remedy": lambda row: row["remedy"], "saves GiB": _number("saved_bytes", _GIB),
                  "peak GiB": _number("peak_bytes", _GIB), "fits": lambda row: "yes" if row["fits"] else "no"}  # fmt: skip
-        about = {name: what[name] for name in ("preset", "slice")} | {"context": lambda row: f"{row['seq_len']:,}"}
+        about = {name: _WHAT[name] for name in ("preset", "slice")} | {"context": lambda row: f"{row['seq_len']:,}"}
         lines += ["## Remedies where nothing fits", "", *markdown_table({**about, **saved}, remedies), ""]
     if trials:
         outcome = {"outcome": lambda row: row["problem"] or "fits", "compiled in s": _number("compile_seconds", digits=0)}
-        lines += ["## Layouts tried", "", *markdown_table({**what, **memory, **speed, **outcome}, trials), ""]
+        lines += ["## Layouts tried", "", *markdown_table({**_WHAT, **memory, **speed, **outcome}, trials), ""]
     return "\n".join(lines)
+
+
+def _work_table(plans: list[dict[str, Any]]) -> list[str]:
+    """Of each plan: FLOPs, those of the model and those of the compiled matmuls, and GB sent by kind of collective."""
+
+    def sent(kind: str):
+        of_kind = lambda row: sum(each["bytes"] for each in row["collectives"] if each["kind"] == kind)
+        return lambda row: f"{of_kind(row) / 1e9:,.3f}" if "collectives" in row else ""
+
+    flops = {
+        "model TFLOP": _number("model_flops_per_device", 1e12), "matmul TFLOP": _number("compiled_matmul_flops_per_device", 1e12)
+    }  # fmt: skip
+    return markdown_table({**_WHAT, **flops, **{f"{kind} GB": sent(kind) for kind in KINDS}}, plans)
 
 
 def _breakdown(plan: dict[str, Any], most: int = 15) -> list[str]:
@@ -137,33 +156,44 @@ def plot(rows: list[dict[str, Any]], path: epath.Path) -> None:
 
 
 def plot_scale(rows: list[dict[str, Any]], path: epath.Path) -> bool:
-    """Step time, interconnect bytes and compile time against devices, a line for each preset, chip and context.
+    """Step time, bytes between chips and compile time: above against devices, below against context, where either has a line.
+
+    A line has one preset and chip, and one context or one slice.
 
     Returns:
-      Whether there was something to draw: a line needs two slices.
+      Whether there was something to draw: a line needs two points.
     """
     from matplotlib.figure import Figure
 
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["seconds_per_step"] is not None:
-            name = f"{row['preset']} {row['topology'].partition(':')[0]} {row['seq_len']:,}"
-            lines.setdefault(name, []).append(row)
-    lines = {name: sorted(points, key=lambda row: row["devices"]) for name, points in lines.items() if len(points) > 1}
-    if not lines:
+    rows = [row for row in rows if row["seconds_per_step"] is not None]
+    family = lambda row: f"{row['preset']} {row['topology'].partition(':')[0]}, context {row['seq_len']:,}"
+    slice_of = lambda row: f"{row['preset']} {row['topology']}"
+    curves = {along: _lines(rows, along, name) for along, name in (("devices", family), ("seq_len", slice_of))}
+    curves = {along: lines for along, lines in curves.items() if lines}
+    if not curves:
         return False
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
     quantities = {"seconds_per_step": "s a step", "interconnect_bytes": "bytes a device sends", "compile_seconds": "compiling, s"}
-    for axes, (key, label) in zip(figure.subplots(1, len(quantities)), quantities.items(), strict=True):
-        axes.margins(y=0.15)
-        for name, points in lines.items():
-            axes.plot([row["devices"] for row in points], [row[key] for row in points], marker="o", label=name)
-        axes.set(xlabel="devices", ylabel=label, xscale="log", ylim=(0, None))
-        sizes = sorted({row["devices"] for points in lines.values() for row in points})
-        axes.set_xticks(sizes, sizes)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
+    figure = Figure(figsize=(12, 3.5 * len(curves)), layout="constrained")
+    panels = figure.subplots(len(curves), len(quantities), squeeze=False)
+    for (along, lines), across in zip(curves.items(), panels, strict=True):
+        ticks = sorted({row[along] for points in lines.values() for row in points})
+        for axes, (key, label) in zip(across, quantities.items(), strict=True):
+            axes.margins(y=0.15)
+            for name, points in lines.items():
+                axes.plot([row[along] for row in points], [row[key] for row in points], marker="o", label=name)
+            axes.set(xlabel={"seq_len": "context"}.get(along, along), ylabel=label, xscale="log", ylim=(0, None))
+            axes.set_xticks(ticks, [f"{tick // 1024}k" if along == "seq_len" and tick >= 1024 else tick for tick in ticks])
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+            axes.legend(frameon=False, fontsize=8)
     with path.open("wb") as file:
         figure.savefig(file, format="png", dpi=110)
     return True
+
+
+def _lines(rows: list[dict[str, Any]], along: str, name: Callable[[dict], str]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of one name in the order of a figure, by name; a name needs two values of it."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row[along]):
+        lines.setdefault(name(row), []).append(row)
+    return {name: points for name, points in lines.items() if points[0][along] < points[-1][along]}

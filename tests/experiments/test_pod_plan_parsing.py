@@ -66,18 +66,25 @@ def matmul_chain(x, weight, steps):
     return jax.lax.scan(lambda x, _: (jnp.tanh(x @ weight), None), x, None, length=steps)[0]
 
 
-def test_a_matmul_chain_comes_out_near_the_peak():
-    """The compiler's cycles, through the parser and the clock: 8 matmuls of 8192 x 4096 x 4096 in bfloat16."""
+@pytest.mark.parametrize("kind, least", [("v5e", 0.9), ("v5p", 0.9), ("v6e", 0.75)])
+def test_a_matmul_chain_comes_out_near_the_peak(kind, least):
+    """The compiler's cycles, through the parser and the clock: 8 matmuls of 8192 x 4096 x 4096 in bfloat16.
+
+    0.971 of the peak on v5e, 0.969 on v5p and 0.791 on v6e with libtpu 0.0.42.1.
+    """
+    chip = CHIPS[kind]
+    sharding = jax.sharding.SingleDeviceSharding(aot.tpu_devices(chip.topology)[0])
+    arguments = (jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16, sharding=sharding) for rows in (8192, 4096))
 
     def chain(x, weight):
         for _ in range(8):
             x = x @ weight
         return x
 
-    found = played(compiled(chain, lone((8192, 4096)), lone((4096, 4096))).as_text())
+    found = estimate(Program(compiled(chain, *arguments).as_text()), Torus(chip, ((0, 0, 0),)), no_kernels)
     flops = 8 * 2 * 8192 * 4096 * 4096
     assert found.flops == flops
-    assert 0.9 < flops / V5E.flops / found.seconds < 1.02
+    assert least < flops / chip.flops / found.seconds < 1.02
     assert set(operation for operation, _ in found.operations) <= {"matmul", "copy", "waiting for HBM"}
 
 
