@@ -187,7 +187,7 @@ def _reference(rows: PairRows, batch_size: int, log_probs_of: Callable, mesh: Me
 
 
 def _read_reference(path: epath.Path, fingerprint: str) -> np.ndarray | None:
-    """What is there, or None on every host if it must be computed: one of them decides."""
+    """What is there, or None on every host if one of them cannot read it: it must be computed by all."""
     log_probs = None
     if path.exists():
         try:
@@ -197,8 +197,7 @@ def _read_reference(path: epath.Path, fingerprint: str) -> np.ndarray | None:
             pass
         if log_probs is None:
             print(f"{path.name} is damaged, or of another model, other pairs or settings: the reference is computed anew")
-    valid = bool(multihost_utils.broadcast_one_to_all(np.int32(log_probs is not None))) if jax.process_count() > 1 else True
-    return log_probs if valid else None
+    return log_probs if np.all(multihost_utils.process_allgather(np.array(log_probs is not None))) else None
 
 
 def _write_reference(path: epath.Path, fingerprint: str, log_probs: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from data_pipelines import DatasetIterator, Tokenizer, TokenizerConfig
-from experiments.export import export_and_check
+from experiments.export import check_export, export_and_check
 from experiments.prepared_data import prepare_tokenizer
 from experiments.stages import (
     TOKENIZER,
@@ -41,14 +41,15 @@ def begin(config: Any, workdir: epath.Path) -> Beginning:
     """Loads `config.init_from`; the workdir has its architecture and its tokenizer then.
 
     Args:
-      config: with init_from, low_rank, compute, mesh, loader, optimizer and train.
+      config: with init_from, low_rank, compute, mesh, loader, optimizer, train and export.
     Raises:
       ConfigError: the model cannot be read, or the mesh does not fit it, the devices or the batches; or low_rank does not fit
         the model, the optimizer or what is in the workdir.
     """
     check_low_rank(config)
-    for batch_size, _ in config.loader.shapes():
-        mesh = mesh_for(config.mesh, batch_size, config.train.accumulation)
+    check_export(config.export)
+    for batch_size, seq_len in config.loader.shapes():
+        mesh = mesh_for(config.mesh, batch_size, config.train.accumulation, seq_len)
     stage = load_stage(config.init_from, config.compute, mesh)
     with mistakes_in("mesh"):
         check_mesh(stage.functions, mesh)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -19,7 +20,7 @@ from data_pipelines import (
     training_batches,
 )
 from experiments.accounting import run_accounted
-from experiments.export import ExportConfig, export_and_check
+from experiments.export import ExportConfig, check_export, export_and_check
 from experiments.held_out import HeldOut
 from experiments.prepared_data import PreparedText, prepare_rows, prepare_split, prepare_tokenizer, read_tokenized
 from experiments.stages import (
@@ -155,8 +156,9 @@ def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:
 
 def _prepare(config: Config, workdir: epath.Path) -> tuple[Mesh, Stage | None, PreparedText]:
     """The mesh, what is trained on from, and the text with its rows."""
-    for batch_size, _ in config.loader.shapes():
-        mesh = mesh_for(config.mesh, batch_size, config.train.accumulation)
+    check_export(config.export)
+    for batch_size, seq_len in config.loader.shapes():
+        mesh = mesh_for(config.mesh, batch_size, config.train.accumulation, seq_len)
     before = None if config.init_from is None else load_stage(config.init_from, config.compute, mesh)
     text = _text(config, workdir, before)
     for _, seq_len in config.loader.shapes():
@@ -227,7 +229,8 @@ class _Stopwatch:
 def _figures_of_training(config: Config, workdir: epath.Path, model: ModelConfig, sources: list[TokenShards]) -> dict[str, Any]:
     """What was trained on how much, how fast, and where the parameters are; also draws loss.png."""
     metrics = read_metrics(workdir)
-    _plot_loss(metrics, workdir / "loss.png")
+    if jax.process_index() == 0:
+        _plot_loss(metrics, workdir / "loss.png")
     rates = [record["train/tokens_per_second"] for record in metrics if "train/tokens_per_second" in record]
     groups = parameter_groups(model)
     total = sum(groups.values())

@@ -22,6 +22,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 def write_results(workdir: epath.PathLike, figures: Mapping[str, Any], config: Any) -> None:
     """Writes `results.json`, the page about the run (`experiments.report`), and prints the figures as a table.
 
+    Of several processes, which all make the call, the first does.
+
     The file holds the figures under their own names and, beside them, `config`, `seed`, `versions` and `device`: whoever compares
     two runs needs nothing else. Figures have plain names with the unit in them (`seconds`, `bits_per_byte`); lists and mappings
     (samples, tables) are written as they are and left out of the printed table.
@@ -42,6 +44,8 @@ def write_results(workdir: epath.PathLike, figures: Mapping[str, Any], config: A
     taken = sorted(set(results) & set(about))
     if taken:
         raise ValueError(f"figures may not be called {', '.join(taken)}: results.json has entries of that name; rename them")
+    if _process_index():
+        return
     write_json(epath.Path(workdir) / FILE, {**results, **about})
     write_report(workdir)
     _print_table(results, epath.Path(workdir) / FILE)
@@ -80,6 +84,12 @@ def device() -> dict[str, Any]:
     devices = jax.devices()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices), "host_cores": cores}
+
+
+def _process_index() -> int:
+    import jax
+
+    return jax.process_index()
 
 
 def _plain(value: Any, name: str) -> Any:

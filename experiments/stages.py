@@ -17,8 +17,8 @@ from lfm_jax.interop import import_folder, is_model_folder, read_config
 from lfm_jax.models import ComputeConfig, Decoder, FunctionalModel, ModelConfig, functional
 from lfm_jax.models.functional import Tree
 from lfm_jax.models.low_rank import LowRankConfig, LowRankModel, adapt
-from lfm_jax.sharding import MeshConfig, make_mesh, parameter_sharding
-from lfm_jax.training import CheckpointError, Checkpoints, abstract_state, check_rows
+from lfm_jax.sharding import MeshConfig, dealt_order, make_mesh, parameter_sharding, shard_count
+from lfm_jax.training import CheckpointError, Checkpoints, abstract_state, check_rows, host_part
 from lfm_jax.training.state import Purpose, parameter_shardings, random_key
 
 CHECKPOINTS = "checkpoints"
@@ -42,16 +42,19 @@ class Stage(NamedTuple):
     step: int | None
 
 
-def mesh_for(config: MeshConfig, batch_size: int | None = None, accumulation: int = 1) -> Mesh:
-    """The mesh over all devices, over which batches of so many rows, taken in so many micro-batches, divide.
+def mesh_for(config: MeshConfig, batch_size: int | None = None, accumulation: int = 1, seq_len: int | None = None) -> Mesh:
+    """The mesh over all devices, over which batches of so many rows, taken in so many micro-batches, divide, and sequences.
 
     Raises:
-      ConfigError: it does not fit the devices, or the batches do not fit it.
+      ConfigError: it does not fit the devices or the hosts, or the batches do not fit it.
     """
     with mistakes_in("mesh"):
         mesh = make_mesh(config)
         if batch_size is not None:
             check_rows(batch_size, accumulation, mesh)
+            host_part(mesh)  # raises where hosts share a part of the rows
+        if seq_len is not None:
+            dealt_order(seq_len, shard_count("seq", mesh))  # raises where it does not divide
     return mesh
 
 

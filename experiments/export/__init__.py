@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
+import jax
 from etils import epath
 
 from experiments.export import formats
@@ -71,6 +72,20 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
 
+def check_export(config: ExportConfig | None) -> None:
+    """For the beginning of a run that exports at its end.
+
+    Raises:
+      ConfigError: there are several processes (`jax.distributed`), which write hf alone.
+    """
+    others = [name for name in config.formats if name != "hf"] if config is not None else []
+    if others and jax.process_count() > 1:
+        raise ConfigError(
+            f"--config.export.formats: {jax.process_count()} processes write hf alone, and not {others[0]}; set hf, and once the "
+            "run has ended, have the others made of its workdir by configs/export.py in one process."
+        )
+
+
 def export_and_check(config: ExportConfig, stage: Stage, workdir: epath.Path) -> dict[str, Any]:
     """Writes export/ in the workdir, and compares each file with the model in the runtime that it is for.
 
@@ -94,7 +109,8 @@ def export_and_check(config: ExportConfig, stage: Stage, workdir: epath.Path) ->
             raise ValueError(f"{error}. What else there is: --config.export.formats={rest}") from error
     folder = workdir / FOLDER
     rows, figures = export_huggingface(config, stage, folder / "hf")
-    _remove_earlier(folder)
+    if jax.process_index() == 0:
+        _remove_earlier(folder)
     if others:
         material = formats.Material(config, stage, folder, folder / "hf")
         rows += [row for name in others for row in formats.EXPORTERS[name](material)]
@@ -119,6 +135,7 @@ def _remove_earlier(folder: epath.Path) -> None:
 
 def main(config: Config, workdir: epath.Path) -> None:
     """Writes the files, and what the comparisons say as a table."""
+    check_export(config.export)
     stage = load_stage(config.init_from, config.compute, mesh_for(config.mesh))
     try:
         with mistakes_in("export"):

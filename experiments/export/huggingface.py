@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 def export_huggingface(config: "ExportConfig", stage: Stage, folder: epath.Path) -> tuple[list[Row], dict[str, Any]]:
     """Writes the folder, and compares it with the model where transformers and PyTorch are installed, before it has its name.
 
+    Of several processes the first writes, and nothing is compared.
+
     Returns:
       A row for each file, and hf_greedy_agrees: whether transformers, reading the folder, continues a text greedily by the same
       ids (if not, by one that is as likely); hf_logit_difference: the largest over all of these positions and the whole
@@ -67,7 +69,7 @@ def quiet_transformers() -> None:
 
 
 def _compare(config: "ExportConfig", stage: Stage, folder: epath.Path) -> tuple[bool | None, float | None]:
-    if not installed("torch", "transformers") or config.check_tokens == 0:
+    if not installed("torch", "transformers") or config.check_tokens == 0 or jax.process_count() > 1:
         return None, None
     quiet_transformers()
     import torch

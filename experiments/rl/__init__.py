@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from data_pipelines import TokenizerConfig
 from experiments.accounting import run_accounted
-from experiments.export import ExportConfig, export_and_check
+from experiments.export import ExportConfig, check_export, export_and_check
 from experiments.fine_tuning import check_low_rank, with_low_rank
 from experiments.prepared_data import prepare_tokenizer
 from experiments.rl.batches import RolloutBatches, Trainer
@@ -131,6 +131,7 @@ def _prepare_and_run(config: Config, workdir: epath.Path, ledger: Ledger) -> dic
 
 def _prepare(config: Config, workdir: epath.Path) -> _Parts:
     check_low_rank(config)
+    check_export(config.export)
     rollouts, chosen, seed = config.rollouts, config.environments, config.train.seed
     sources = _sources(config)
     starts = dict(zip(sources, chosen.difficulties or (1,) * len(sources), strict=True))

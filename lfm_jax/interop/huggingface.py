@@ -5,10 +5,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from lfm_jax.interop.export_manifest import MANIFEST, check_manifest, write_manifest
 from lfm_jax.interop.huggingface_config import GenerationSettings, from_config_json, to_config_json, to_generation_json
@@ -59,7 +61,8 @@ def export_folder(
     """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load: config, weights, tokenizer, generation settings.
 
     The folder appears under its name only once it is complete, with the SHA-256 of every file in MANIFEST.sha256; where anything
-    fails before, nothing is left of it. Of the parameters, which are left as they are, one at a time is copied.
+    fails before, nothing is left of it. Of the parameters, which are left as they are, one at a time is copied. Of several
+    processes (`jax.distributed`) all make the call, since each holds a part of the parameters, and the first writes.
 
     Args:
       params, buffers: as `FunctionalModel.init` returns them, sharded or not.
@@ -84,16 +87,23 @@ def export_folder(
         raise ValueError(f"{folder} is there and is no earlier export (it has no {MANIFEST}); choose another folder")
     table = weight_table(config)
     check_parameters(table, params, buffers)
+    tensor = _tensors(table, params, buffers)
+    if jax.process_index():
+        for weight in table:
+            tensor(weight.name)
+        multihost_utils.sync_global_devices(f"{folder} is written")
+        return folder
     with _whole_folder(folder) as partial:
         if tokenizer is not None:
             size = write_tokenizer(tokenizer, partial, generation)
             check_tokenizer_size(config, size)
         _write_json(partial / "config.json", to_config_json(config, generation, dtype))
         _write_json(partial / "generation_config.json", to_generation_json(config, generation))
-        digests = _write_weights(table, params, buffers, partial, _DTYPES[dtype], max_shard_bytes)
+        digests = _write_weights(table, tensor, partial, _DTYPES[dtype], max_shard_bytes)
         write_manifest(partial, digests)
         if check is not None:
             check(partial)
+    multihost_utils.sync_global_devices(f"{folder} is written")
     return folder
 
 
@@ -192,17 +202,9 @@ def check_tokenizer_size(config: ModelConfig, size: int) -> None:
         raise ValueError(f"the tokenizer has {size} ids, the model {rows}; export the tokenizer that the model was trained with")
 
 
-def _write_weights(
-    table: list[Weight], params: Tree, buffers: Tree, folder: epath.Path, dtype: np.dtype, max_shard_bytes: int
-) -> dict[str, str]:
-    """Writes the shards and their index; returns each shard's SHA-256."""
+def _tensors(table: list[Weight], params: Tree, buffers: Tree) -> Callable[[str], np.ndarray]:
+    """name -> values. Of several processes all ask for the same, in the order of the table."""
     by_name = {weight.name: weight for weight in table}
-    specs = [TensorSpec(w.name, np.dtype(np.float32) if is_buffer(w.path) else dtype, w.shape) for w in table]
-    shards: list[list[TensorSpec]] = [[]]
-    for spec in specs:
-        if shards[-1] and sum(other.nbytes for other in shards[-1]) + spec.nbytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(spec)
     held: dict[Path, np.ndarray] = {}  # the stack whose experts are being written, so that it is fetched once
 
     def tensor(name: str) -> np.ndarray:
@@ -212,6 +214,19 @@ def _write_weights(
             held[weight.path] = on_host(look_up(buffers if is_buffer(weight.path) else params, weight.path))
         return weight.to_checkpoint(held[weight.path])
 
+    return tensor
+
+
+def _write_weights(
+    table: list[Weight], tensor: Callable[[str], np.ndarray], folder: epath.Path, dtype: np.dtype, max_shard_bytes: int
+) -> dict[str, str]:
+    """Writes the shards and their index; returns each shard's SHA-256."""
+    specs = [TensorSpec(w.name, np.dtype(np.float32) if is_buffer(w.path) else dtype, w.shape) for w in table]
+    shards: list[list[TensorSpec]] = [[]]
+    for spec in specs:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + spec.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(spec)
     if len(shards) == 1:
         return {_SINGLE: write_safetensors(folder / _SINGLE, specs, tensor)}
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]

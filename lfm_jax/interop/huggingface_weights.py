@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lfm_jax.interop.huggingface_config import Family, family
 from lfm_jax.models import Decoder, LayerType, ModelConfig, functional
@@ -195,5 +196,10 @@ def check_parameters(table: list[Weight], params: Tree, buffers: Tree) -> None:
 
 
 def on_host(leaf: Any) -> np.ndarray:
-    """A jax.Array keeps the host copy that it was asked for as long as it lives; asked of a copy, both can go."""
+    """The whole array, of one that is split over several hosts as well, if all of them call this.
+
+    A jax.Array keeps the host copy that it was asked for as long as it lives; asked of a copy, both can go.
+    """
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(jnp.copy(leaf)) if isinstance(leaf, jax.Array) else np.asarray(leaf)

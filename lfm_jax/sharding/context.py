@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lfm_jax.configuration import ConfigError
 from lfm_jax.sharding.logical import gather_shards, shard_count, shard_index
 
 CHUNKS = 2  # of a sequence, on each device
@@ -21,14 +22,14 @@ def dealt_order(seq: int, shards: int) -> np.ndarray:
     """Which position of a sequence stands where in the order above: [seq] indices, to be used like `row[order]`.
 
     Raises:
-      ValueError: the sequence does not divide into so many chunks.
+      ConfigError: the sequence does not divide into so many chunks.
     """
     if shards == 1:
         return np.arange(seq)
     if seq % (CHUNKS * shards):
-        raise ValueError(
+        raise ConfigError(
             f"a sequence of {seq} does not divide into {CHUNKS} chunks for each of context={shards} devices; make it a multiple "
-            f"of {CHUNKS * shards}"
+            f"of {CHUNKS * shards}, or set another --config.mesh.context"
         )
     chunks = np.arange(seq).reshape(CHUNKS * shards, -1)
     return np.concatenate([chunks[[shard, CHUNKS * shards - 1 - shard]].ravel() for shard in range(shards)])

@@ -12,8 +12,12 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
+from jax.sharding import Mesh
 
 import run
+from experiments import stages
+from lfm_jax.configuration import ConfigError
+from lfm_jax.sharding import AXES, MeshConfig, aot
 
 WORDS = "the cat sat on a mat and saw that dog run to red barn by old mill in warm sun with two small birds".split()
 SMALL = [
@@ -146,6 +150,7 @@ def test_a_trained_model_is_trained_on_from_a_workdir_and_from_a_folder(trained,
         (["--config.tokenizer_from={text}"], "--config.tokenizer_from: {text} holds no tokenizer; expected tokenizer.model or"),
         (["--config.mesh.data=3"], "--config.mesh: mesh data=3 x fsdp=2 needs 6 devices, 8 are there; set one"),
         (["--config.train.accumulation=2"], "--config.mesh: a batch of 8 rows does not divide into 2 micro-batches over 8"),
+        (["--config.mesh.context=8", "--config.loader.seq_len=24"], "--config.mesh: a sequence of 24 does not divide into 2"),
         (["--config.loader.epochs=1", "--config.train.steps=999"], "train.steps is 999, but loader.epochs=1 of the text make"),
     ],
 )
@@ -175,6 +180,26 @@ def test_a_damaged_stage_is_told_in_one_paragraph(damage, message, trained, text
     assert run.main(arguments) == 2
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1
+
+
+def test_a_sequence_that_an_evaluation_cannot_split_is_told_in_one_paragraph(trained, text, tmp_path, capsys):
+    """Nobody asks before the first batch is placed."""
+    arguments = [
+        "--config=configs/evaluate.py", f"--workdir={tmp_path / 'run'}", f"--config.init_from={trained}",
+        f"--config.data.source={text}", "--config.data.held_out_share=0.2", "--config.mesh.context=8", "--config.seq_len=24",
+    ]  # fmt: skip
+    assert run.main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert "a sequence of 24 does not divide" in shown and "--config.mesh.context" in shown and shown.count("\n") == 1
+
+
+def test_hosts_that_share_a_part_of_the_rows_are_a_mistake_in_the_mesh(monkeypatch):
+    pytest.importorskip("libtpu")
+    devices = sorted(aot.tpu_devices("v5e:4x4"), key=lambda device: (device.process_index, device.id))[:12]
+    mesh = Mesh(np.asarray(devices).reshape(2, 1, 1, 6, 1), AXES)  # the second of three hosts has devices of both halves
+    monkeypatch.setattr(stages, "make_mesh", lambda config: mesh)
+    with pytest.raises(ConfigError, match="--config.mesh: some of 3 hosts share a part of their rows"):
+        stages.mesh_for(MeshConfig(), 8)
 
 
 # The kill may come in the middle of a save, and the resumed run then says that this one is not used.

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from lfm_jax.configuration import ConfigError
 from lfm_jax.sharding import CHUNKS, MeshConfig, dealt_order, ends_before, make_mesh, map_shards, shard_count
 
 
@@ -22,7 +23,7 @@ def test_a_whole_sequence_stays_as_it_is():
 
 
 def test_a_sequence_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="a sequence of 24 does not divide into 2 chunks for each of context=8 devices; .*16"):
+    with pytest.raises(ConfigError, match="a sequence of 24 does not divide into 2 chunks for each of context=8 devices; .*16"):
         dealt_order(24, 8)
 
 

@@ -1,0 +1,31 @@
+"""A command in several processes, each a task of Slurm, which jax finds the others by."""
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+from conftest import ROOT
+
+
+def run_tasks(command: list[str], logs: Path, name: str, processes: int, devices: int = 2) -> tuple[list[int], list[str]]:
+    """Exit codes and what was printed, of each process; they have so many devices together. One process is no task."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        job = free.getsockname()[1] % 4096  # from which jax makes the port
+    started = []
+    for index in range(processes):
+        task = {"JOB_ID": job, "STEP_NODELIST": "127.0.0.1", "NTASKS": processes, "PROCID": index, "LOCALID": index}
+        environment = {  # of two flags of one name the last holds
+            **os.environ, **({f"SLURM_{key}": str(value) for key, value in task.items()} if processes > 1 else {}),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # most of the time goes into compiling
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices // processes}",
+        }  # fmt: skip
+        with (logs / f"{name}-{index}.log").open("wb") as log:
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=900) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return codes, [(logs / f"{name}-{index}.log").read_text() for index in range(processes)]
