@@ -309,7 +309,8 @@ def test_what_is_imported_is_required():
     known = {
         called.get(canonical(line), canonical(line).replace("-", "_")) for lines in requirements().values() for line in lines
     }
-    known |= {"orbax", "tensorboardX", *sys.stdlib_module_names, *MAY_IMPORT, "run", "conftest", "rl_places"}
+    known |= {"orbax", "tensorboardX", *sys.stdlib_module_names, *MAY_IMPORT, "run"}
+    known |= {path.stem for path in SOURCES if path.is_relative_to(ROOT / "tests")}
     unknown = {(name(path), package) for path in SOURCES for package in imported(path) - known}
     assert not unknown
 
