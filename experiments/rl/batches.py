@@ -128,7 +128,7 @@ class RolloutBatches:
         needed = [self._batch] * (0 < self._position < self._rollouts.updates) + [self._made] * ahead
         self._held = [*self._held, needed][-self._kept_states :]
         return {
-            "batch": self._batch, "position": self._position, "made": self._made, "held": self._held,
+            "batch": self._batch, "position": self._position, "made": self._made, "held": self._held, "parts": self._part[1],
             "figures": self._now.figures, "figures_ahead": self._ahead.result().figures if ahead else None,
             "curriculum": self._curriculum.get_state(),
         }  # fmt: skip
@@ -143,7 +143,8 @@ class RolloutBatches:
         self._batch, self._position, self._made = state["batch"], state["position"], state["made"]
         self._held = [list(each) for each in state["held"]]
         self._curriculum.set_state(state["curriculum"])
-        read = lambda batch, figures: _Made(self._files.read(batch, self._slots), figures)
+        parts = state.get("parts", self._part[1])  # of a checkpoint from before it was told
+        read = lambda batch, figures: _Made(self._files.read(batch, self._slots, parts), figures)
         unfinished = 0 < self._position < self._rollouts.updates
         self._now = read(self._batch, state["figures"]) if unfinished else _Made([], state["figures"])
         self._ahead = None

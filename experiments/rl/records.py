@@ -44,20 +44,21 @@ class Files:
     """
 
     def __init__(self, workdir: epath.Path, part: tuple[int, int]):
-        self._folder, self._ending = workdir / FOLDER, ".jsonl" if part[1] == 1 else f"-{part[0]}.jsonl"
+        self._folder, self._parts, self._ending = workdir / FOLDER, part[1], _ending(*part)
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, batch: int, records: Sequence[dict[str, Any]]) -> None:
         """Whole or not at all; what was there is replaced."""
         write_lines(self._folder / f"{batch:06d}{self._ending}", records)
 
-    def read(self, batch: int, slots: range) -> list[dict[str, Any]]:
-        """The records of these slots, whichever hosts have written them.
+    def read(self, batch: int, slots: range, parts: int) -> list[dict[str, Any]]:
+        """The records of these slots, as so many hosts have written them; if there are as many no longer, they are written anew.
 
         Raises:
           ValueError: they are not there.
         """
-        found = {record["slot"]: record for path in self._of(batch) for record in read_lines(path)}
+        paths = [self._folder / f"{batch:06d}{_ending(part, parts)}" for part in range(parts)]
+        found = {record["slot"]: record for path in paths if path.exists() for record in read_lines(path)}
         missing = [slot for slot in slots if slot not in found]
         if missing:
             path = self._folder / f"{batch:06d}.jsonl"
@@ -65,7 +66,10 @@ class Files:
                 f"{path} has not all rollouts that the checkpoint was made in the middle of: those of slots {missing} are "
                 "missing; take an earlier checkpoint, or a new workdir"
             )
-        return [found[slot] for slot in slots]
+        records = [found[slot] for slot in slots]
+        if parts != self._parts:
+            self.write(batch, records)
+        return records
 
     def keep(self, batches: Collection[int]) -> None:
         """Removes all others of this host."""
@@ -74,8 +78,9 @@ class Files:
             if name.isdecimal() and int(name) not in batches:
                 path.unlink(missing_ok=True)
 
-    def _of(self, batch: int) -> list[epath.Path]:
-        return [*self._folder.glob(f"{batch:06d}.jsonl"), *self._folder.glob(f"{batch:06d}-*.jsonl")]
+
+def _ending(part: int, parts: int) -> str:
+    return ".jsonl" if parts == 1 else f"-{part}.jsonl"
 
 
 def longest(records: Sequence[dict[str, Any]]) -> int:

@@ -297,11 +297,23 @@ def test_files_are_whole_and_those_that_are_needed_stay(tmp_path):
     one.write(1, [record(0), record(1)])
     two.write(1, [record(2), record(3)])
     one.write(2, [record(0)])
-    assert [each["slot"] for each in Files(tmp_path, (0, 1)).read(1, range(1, 3))] == [1, 2]  # on another number of hosts
+    assert one.read(1, range(1, 3), 2) == [record(1), record(2)]
     with pytest.raises(ValueError, match=r"000002.jsonl has not all rollouts .* those of slots \[1\] are missing"):
-        one.read(2, range(2))
+        one.read(2, range(2), 2)
     one.keep({2})
     assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["000001-1.jsonl", "000002-0.jsonl"]
+
+
+def test_with_another_number_of_hosts_those_are_read_that_the_checkpoint_is_of(tmp_path):
+    """And not what a run of as many as now had left there of the same batch."""
+    later = lambda slot: record(slot) | {"seed": 7}
+    alone, pair = Files(tmp_path, (0, 1)), [Files(tmp_path, (part, 2)) for part in range(2)]
+    alone.write(1, [record(slot) for slot in range(4)])
+    for part, files in enumerate(pair):
+        files.write(1, [later(2 * part), later(2 * part + 1)])
+    assert pair[1].read(1, range(2, 4), 1) == [record(2), record(3)]
+    assert pair[1].read(1, range(2, 4), 2) == [record(2), record(3)]  # as it is theirs from now on
+    assert alone.read(1, range(4), 2) == [later(0), later(1), record(2), record(3)]
 
 
 def test_difficulty_follows_the_mean_of_a_window():
