@@ -37,6 +37,8 @@ def write_results(workdir: epath.PathLike, figures: Mapping[str, Any], config: A
       ValueError: a figure is called like one of the other entries, or is no finite number: JSON has no NaN, and a figure that
         does not exist is None.
     """
+    import jax
+
     results = {name: _plain(value, name) for name, value in figures.items()}
     settings = to_mapping(config)
     seeds = [value for path, value in flatten(settings).items() if path.rpartition(".")[2] == "seed"]
@@ -44,7 +46,7 @@ def write_results(workdir: epath.PathLike, figures: Mapping[str, Any], config: A
     taken = sorted(set(results) & set(about))
     if taken:
         raise ValueError(f"figures may not be called {', '.join(taken)}: results.json has entries of that name; rename them")
-    if _process_index():
+    if jax.process_index():
         return
     write_json(epath.Path(workdir) / FILE, {**results, **about})
     write_report(workdir)
@@ -84,12 +86,6 @@ def device() -> dict[str, Any]:
     devices = jax.devices()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices), "host_cores": cores}
-
-
-def _process_index() -> int:
-    import jax
-
-    return jax.process_index()
 
 
 def _plain(value: Any, name: str) -> Any:

@@ -19,6 +19,7 @@ from experiments.llama_cpp import llama_cpp_installed, run_llama_cpp
 from experiments.stages import Stage, model_functions
 from lfm_jax.generation import Engine, Request, SamplingConfig
 from lfm_jax.interop import GenerationSettings
+from lfm_jax.interop.exported_file import MOST_RELATIVE_DIFFERENCE, measure_speed, reference_logits
 from lfm_jax.models import ComputeConfig
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ PROMPT = "The first line of the file says"
 _TEXTS = (PROMPT, "naïve café, 12,345.67 €\r\n\tdef f(x): return x**2  # 你好 🙂", " <|im_end|> two  spaces\n\n")
 _TIMED_PROMPT, _TIMED_NEW = 128, 32
 _IMPORTANCE_ROW, _IMPORTANCE_ROWS = 512, 128
-# As `exported_file.compare` has it.
-_MOST_RELATIVE_DIFFERENCE = 1e-3
 
 
 class Row(NamedTuple):
@@ -85,8 +84,6 @@ class Material:
         return self.reference if self.config.dtype == "float32" else self._reference(self.stage.params)
 
     def _reference(self, params: Any) -> Any:
-        from lfm_jax.interop.exported_file import reference_logits
-
         new = continued(self.stage, params, self.prompt, max(8, self.config.check_tokens))
         with jax.default_matmul_precision("highest"):
             return reference_logits(self.stage.config, params, self.stage.buffers, self.prompt + new)
@@ -100,8 +97,6 @@ class Material:
 
     def row(self, runtime: str, found: Any, opened: Callable | None) -> Row:
         """Of what an exporter returned. opened: how its runtime is timed; None: it is not."""
-        from lfm_jax.interop.exported_file import measure_speed
-
         relative = epath.Path(found.file).relative_to(self.folder.parent)
         row = Row(str(relative), found.bytes, runtime, found.max_logit_difference, found.greedy_agreement)
         if opened is not None and self.capacity >= _TIMED_PROMPT + _TIMED_NEW:
@@ -220,7 +215,7 @@ def _run_gguf(material: Material, file: epath.Path, place: epath.Path, *, exact:
 
 def tolerated(logits: np.ndarray) -> float:
     """What a logit or a log-probability may differ by in another float32 program; logits: ours."""
-    return _MOST_RELATIVE_DIFFERENCE * max(1.0, float(np.abs(logits).max()))
+    return MOST_RELATIVE_DIFFERENCE * max(1.0, float(np.abs(logits).max()))
 
 
 def agreeing(ours: Sequence[int], theirs: Sequence[int]) -> int:

@@ -27,7 +27,7 @@ from lfm_jax.models import ComputeConfig, Decoder, ModelConfig, functional
 from lfm_jax.models.functional import Tree
 
 # Float32 programs that sum up in another order differ by 1e-5 of the largest logit; a wrong one by tenths.
-_MOST_RELATIVE_DIFFERENCE = 1e-3
+MOST_RELATIVE_DIFFERENCE = 1e-3
 
 
 class Reference(NamedTuple):
@@ -143,7 +143,7 @@ def compare(found: np.ndarray, expected: np.ndarray, *, exact: bool = True) -> t
     """
     expected = expected[:, : found.shape[1]]
     difference, largest = float(np.max(np.abs(found - expected))), float(np.max(np.abs(expected)))
-    if not np.isfinite(difference) or exact and difference > _MOST_RELATIVE_DIFFERENCE * largest:
+    if not np.isfinite(difference) or exact and difference > MOST_RELATIVE_DIFFERENCE * largest:
         raise ValueError(f"the file's logits differ by {difference:.3g} from ours, the largest of which is {largest:.3g}")
     return difference, float(np.mean(np.argmax(found, axis=1) == np.argmax(expected, axis=1)))
 

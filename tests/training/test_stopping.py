@@ -4,12 +4,11 @@ import http.server
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 
 import pytest
-from conftest import ROOT
+from tasks_of_slurm import tasks
 
 from lfm_jax.training import stopping
 from lfm_jax.training.stopping import notice, on_google_cloud, stop_requests
@@ -173,33 +172,17 @@ run._process()
 
 
 def run_together(workdir, number, times, asked):
-    """The processes, each a task of Slurm on this machine."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        job = free.getsockname()[1] % 4096
+    """The processes, while a block lasts."""
     (workdir / "run").mkdir()
     command = [sys.executable, "-c", CODE, *(str(each) for each in (int(number), times, asked, workdir / "run"))]
-    processes = []
-    for index in range(2):
-        task = {"JOB_ID": job, "STEP_NODELIST": "127.0.0.1", "NTASKS": 2, "PROCID": index, "LOCALID": index}
-        environment = {
-            **os.environ, **{f"SLURM_{name}": str(value) for name, value in task.items()},
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        }  # fmt: skip
-        with (workdir / f"{index}.log").open("wb") as log:
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
-    return processes
+    return tasks(command, workdir, "task", 2, 2)
 
 
 @pytest.mark.parametrize(("number", "asked"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
 def test_two_processes_save_at_the_same_step_and_ask_for_the_same_command(tmp_path, number, asked):
-    processes = run_together(tmp_path, number, 1, asked)
-    try:
+    with run_together(tmp_path, number, 1, asked) as processes:
         codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    logs = [(tmp_path / f"{index}.log").read_text() for index in range(2)]
+    logs = [(tmp_path / f"task-{index}.log").read_text() for index in range(2)]
     assert codes == [75, 75], logs
     (step,) = (int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir())
     assert 6 <= step < 100_000
@@ -207,12 +190,7 @@ def test_two_processes_save_at_the_same_step_and_ask_for_the_same_command(tmp_pa
 
 
 def test_the_second_sigint_to_one_of_two_processes_ends_it_at_once(tmp_path):
-    processes = run_together(tmp_path, signal.SIGINT, 2, 1)
-    try:
+    with run_together(tmp_path, signal.SIGINT, 2, 1) as processes:
         code = processes[1].wait(timeout=120)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert code == -signal.SIGINT, (tmp_path / "1.log").read_text()
+    assert code == -signal.SIGINT, (tmp_path / "task-1.log").read_text()
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
