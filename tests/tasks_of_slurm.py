@@ -25,7 +25,6 @@ def tasks(command: list[str], logs: Path, name: str, processes: int, devices: in
             task = {"JOB_ID": job, "STEP_NODELIST": "127.0.0.1", "NTASKS": processes, "PROCID": index, "LOCALID": index}
             environment = {  # of two flags of one name the last holds
                 **os.environ, **({f"SLURM_{key}": str(value) for key, value in task.items()} if processes > 1 else {}),
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # most of the time goes into compiling
                 "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices // processes}",
             }  # fmt: skip
             with (logs / f"{name}-{index}.log").open("wb") as log:

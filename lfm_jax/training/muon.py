@@ -1,4 +1,8 @@
-"""Muon: the momentum of each matrix, orthogonalised (Jordan et al. 2024; Moonlight, Liu et al. 2025, arXiv 2502.16982)."""
+"""Muon: the momentum of each matrix, orthogonalised (Jordan et al. 2024; Moonlight, Liu et al. 2025, arXiv 2502.16982).
+
+Not optax.contrib.muon, whose products run on matrices as they are split: over 16 chips they gather them in 79 collectives, twenty
+times the cycles of whole matrices dealt to the chips (docs/benchmarks/optimizers.md).
+"""
 
 import collections
 import itertools

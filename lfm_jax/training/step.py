@@ -44,7 +44,9 @@ def make_train_step(
     Args:
       seed: of the random numbers that an objective draws; they depend on it, on the step, and on how the rows are dealt to
         micro-batches and replicas.
-      accumulation: micro-batches that the batch is taken in, one after the other, to save memory.
+      accumulation: micro-batches that the batch is taken in, one after the other, to save memory. The replicas of `data` sum
+        their gradients once a step; over `fsdp`, `expert` and `context`, where a device holds but its part of a gradient, each
+        micro-batch's is summed.
       expert_bias_rate: the expert bias of a mixture of experts moves by so much a step, towards an even load.
       skip: the step has a third argument, [2] float32: the largest loss and the largest gradient norm. A step in which either is
         larger, or no finite number, leaves all of the state as it was but its number, and its metric `skipped` is 1.

@@ -35,8 +35,6 @@ SETTINGS = {
 
 REPLAYING: list[bool] = []  # whether the log-probabilities of each batch were those of a routing
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 
 class Bandit:
     """Right is what begins with a letter of the first half."""

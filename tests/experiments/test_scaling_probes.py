@@ -33,9 +33,8 @@ from lfm_jax.scaling.precision import Degradation
 from lfm_jax.scaling.train_to_test import TrainToTest
 from lfm_jax.sharding import MeshConfig
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
 # On eight devices, programs of many small parts take several times as long to compile.
-ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 HELD_OUT = 512
 STILL = 1e-9  # a rate that changes nothing, so that nothing is forgotten
 FIRST, SECOND = "32x1/m2", "8x1/m20"

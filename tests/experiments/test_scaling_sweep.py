@@ -23,7 +23,7 @@ from lfm_jax.training.checkpoint_manifest import MANIFEST
 
 CONFIG = "configs/scaling_sweep.py"
 # On eight devices, programs of many small parts take several times as long to compile.
-ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 
 
 def settings(argument="", **changes):

@@ -10,8 +10,6 @@ from flax import nnx
 
 from lfm_jax.models import ComputeConfig, Decoder, ModelConfig, MoEConfig, RopeConfig, functional, init_cache
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 DENSE = ModelConfig(
     vocab_size=61, embed_dim=32, layer_types=("conv", "full_attention", "conv"), num_heads=4, num_kv_heads=2, head_dim=8,
     mlp_dim=48, conv_bias=True,

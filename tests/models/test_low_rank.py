@@ -41,7 +41,6 @@ MATRICES = {
     (*MOE, "gate"): (4, 32, 32), (*MOE, "up"): (4, 32, 32), (*MOE, "down"): (4, 32, 32),
 }  # fmt: skip
 # Compiling is what these tests take their time for; -O0 changes no more than roundings.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @functools.cache
@@ -54,7 +53,7 @@ def _begun():
     """New adapters, and the arrays beside them: made on the host, but for what is to be looked at."""
     rng, model = np.random.default_rng(0), _model()
     draw = lambda leaf: jnp.asarray(rng.normal(scale=0.3, size=leaf.shape), jnp.float32)
-    adapters = jax.jit(model.adapters).lower(jax.random.key(1)).compile(QUICKLY)(jax.random.key(1))
+    adapters = jax.jit(model.adapters)(jax.random.key(1))
     return adapters, jax.tree.map(draw, model.abstract_buffers)
 
 
@@ -89,13 +88,13 @@ def _loss_and_gradient(functions):
     def program(params, buffers):
         return objective(functions.bind(params, buffers), _batch(), jax.random.key(0)).loss
 
-    return program.lower(functions.abstract_params, functions.abstract_buffers).compile(QUICKLY)
+    return program
 
 
 @functools.cache
 def _merge():
     model = _model()
-    return jax.jit(model.merged).lower(model.abstract_params, model.abstract_buffers["frozen"]).compile(QUICKLY)
+    return jax.jit(model.merged)
 
 
 def test_a_model_begins_as_it_was():
@@ -167,8 +166,7 @@ def test_a_matrix_is_computed_with_as_if_it_were_a_parameter():
     alone = {"layers": {0: {"mlp": {"up": _at(params, (*MLP, "up"))}}}}
 
     def up(model):
-        program = jax.jit(lambda *given: model.bind(*given).layers[0].mlp.up[...])
-        return program.lower(alone, buffers).compile(QUICKLY)(alone, buffers)
+        return jax.jit(lambda *given: model.bind(*given).layers[0].mlp.up[...])(alone, buffers)
 
     merged = _at(_model().merged(alone, buffers["frozen"]), (*MLP, "up"))
     assert merged.dtype == jnp.float32
@@ -187,9 +185,8 @@ def _trained(mesh_config, accumulation):
     state = zeros._replace(**dict(zip(("params", "buffers"), jax.device_get(_moved()), strict=True)))
     state = jax.tree.map(lambda array, leaf: jax.device_put(array, leaf.sharding), state, abstract)
     step = make_train_step(
-        _model(), optimizer, next_token_objective(LossConfig()), mesh, seed=0, accumulation=accumulation,
-        compiler_options=QUICKLY,
-    )  # fmt: skip
+        _model(), optimizer, next_token_objective(LossConfig()), mesh, seed=0, accumulation=accumulation
+    )
     every = []
     for seed in range(2):
         state, metrics = step(state, place_batch(_batch(seed), mesh))

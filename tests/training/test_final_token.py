@@ -22,7 +22,6 @@ MODEL = ModelConfig(
     vocab_size=64, embed_dim=16, layer_types=("conv", "full_attention"), num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24
 )
 SEQ = 16
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def _positions(choices=(3, 1, 2, 3, 0, 2)):
@@ -133,7 +132,7 @@ def _sums_and_gradient(functions, params, buffers, batch, mesh):
             found = final_token_objective(FinalTokenConfig())(functions.bind(params, buffers), batch, jax.random.key(0))
         return found.loss, found
 
-    compiled = jax.jit(jax.grad(sums, has_aux=True), compiler_options=QUICKLY)
+    compiled = jax.jit(jax.grad(sums, has_aux=True))
     params = jax.tree.map(jax.device_put, params, parameter_shardings(functions, mesh))
     gradient, found = compiled(params, place_batch(batch, mesh))
     return jax.device_get(found), jax.device_get(gradient)

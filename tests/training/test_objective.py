@@ -63,11 +63,7 @@ PACKED = _batch(LAYOUT, 12)
 PADDED = _batch([(0,), (1,), (2,), (3,), (4,)], 9)
 
 
-# Compiling is what these tests take their time for; -O0 changes no more than roundings.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICKLY)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _sums_and_gradient(functions, loss_config, params, buffers, batch):
     def loss(params):
         sums = next_token_objective(loss_config)(functions.bind(params, buffers), batch, jax.random.key(0))

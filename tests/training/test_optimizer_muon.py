@@ -25,8 +25,6 @@ from lfm_jax.training import (
 )
 from lfm_jax.training.muon import COEFFICIENTS, STEPS, is_matrix, newton_schulz, orthogonalize
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 FLAT = ScheduleConfig(decay_share=0.0)
 CONFIG = OptimizerConfig(learning_rate=0.02, schedule=FLAT, matrices="muon", matrix_rate=0.5, clip_norm=None, eps=1e-2)
 # Every kind of matrix: a convolution and a dense feed-forward, attention with gates and experts; and sides longer either way.

@@ -42,7 +42,6 @@ SAMPLING = {
 ROWS, SEQ = 8, 24
 LENGTHS = (3, 1, 6, 8, 4, 2, 7, 5)
 TOOL, TRUNCATED = slice(9, 12), 2  # tokens of all answers that a tool could have written; a row that is left out
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @functools.cache
@@ -107,7 +106,7 @@ def gradient_function(name, known=KNOWN):
         sums = objective(FUNCTIONS.bind(params, weights()[1]), batch, jax.random.key(0))
         return sums.loss / sums.weight, sums.figures()
 
-    return jax.jit(jax.grad(mean, has_aux=True), compiler_options=QUICKLY)
+    return jax.jit(jax.grad(mean, has_aux=True))
 
 
 def passed(batch, **options):
@@ -160,7 +159,7 @@ def test_on_the_first_pass_the_gradient_is_that_of_reinforce():
         allowed[:, :, id] = (batch["kept"][:, :, id // 32] >> np.uint32(id % 32) & 1) | (batch["kept"] == 0).all(axis=2)
     divisor = np.where(batch["temperature"] > 0, batch["temperature"], 1)[:, None, None]
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @jax.jit
     @jax.grad
     def reinforce(params):
         model = FUNCTIONS.bind(params, weights()[1])
@@ -205,7 +204,7 @@ def trained(mesh_name, accumulation):
     abstract = abstract_state(FUNCTIONS, optimizer, mesh)
     given = abstract._replace(step=np.int32(0), params=weights()[0], buffers=weights()[1])  # SGD has no state
     state = jax.device_put(given, jax.tree.map(lambda leaf: leaf.sharding, abstract))
-    state, metrics = step.lower(state, placed(mesh_name)).compile(compiler_options=QUICKLY)(state, placed(mesh_name))
+    state, metrics = step(state, placed(mesh_name))
     return jax.tree.map(np.asarray, (metrics, state.params))
 
 
@@ -243,8 +242,7 @@ def test_the_figures_are_those_of_the_tokens_one_by_one():
 @functools.cache
 def policy_log_probs(mesh_name):
     step = make_policy_log_probs_step(FUNCTIONS, mesh_of(mesh_name), block=20, known=KNOWN)
-    given = *weights(), placed(mesh_name)
-    return np.asarray(step.lower(*given).compile(compiler_options=QUICKLY)(*given))
+    return np.asarray(step(*weights(), placed(mesh_name)))
 
 
 @pytest.mark.parametrize("mesh_name", ["one device", "replicas and parts of sequences"])
@@ -258,7 +256,6 @@ def test_log_probs_of_a_policy_are_the_samplers_own_in_the_order_of_the_sequence
 def test_evaluation_over_replicas_has_the_figures_of_one_device():
     mesh_name = "replicas and parts of sequences"
     objective = policy_objective(policy_gradient_member("dapo"), block=20, known=KNOWN)
-    given = *weights(), placed(mesh_name)
-    step = make_eval_step(FUNCTIONS, objective, mesh_of(mesh_name)).lower(*given).compile(compiler_options=QUICKLY)
-    figures = {name: float(value) for name, value in step(*given).figures().items()}
+    step = make_eval_step(FUNCTIONS, objective, mesh_of(mesh_name))
+    figures = {name: float(value) for name, value in step(*weights(), placed(mesh_name)).figures().items()}
     assert figures == pytest.approx(passed(off_policy())[0], rel=2e-5)

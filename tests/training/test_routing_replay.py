@@ -34,8 +34,6 @@ ENVIRONMENTS = ("a", "b", "nobody")
 TELLING = EngineConfig(slots=2, prefill_chunk=4, prefill_rows=2, steps=3, prefix_bytes=1 << 20, tell_routing=True)
 DRAWN = SamplingConfig(max_new_tokens=NEW, temperature=1.0, top_p=1.0, seed=3)
 
-pytestmark = pytest.mark.usefixtures("quick_programs")
-
 
 @functools.cache
 def functions(**compute):
@@ -137,7 +135,6 @@ def passed(replay, params=None, **changes):
 def moved(scale):
     """The parameters after the routers have moved a little."""
     rng = np.random.default_rng(4)
-
 
     def move(path, leaf):
         return leaf + scale * rng.normal(size=leaf.shape).astype(np.float32) if path[-1].key == "router" else leaf

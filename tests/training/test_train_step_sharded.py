@@ -53,7 +53,6 @@ MESHES = {
 OPTIMIZER = OptimizerConfig(learning_rate=0.02, schedule=ScheduleConfig(decay_share=0.0), eps=1e-2)
 EXPERT_BIAS_RATE = 2.0**-10  # a power of two: sums of its multiples are exact
 # Compiling is what these tests take their time for; -O0 changes no more than roundings.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def _batch(seed=0, rows=8, seq=96):
@@ -113,7 +112,7 @@ def _step(name, mesh_name, accumulation=1, remat="none"):
     step = make_train_step(
         functions, optimizer, objective, mesh, seed=0, accumulation=accumulation, expert_bias_rate=EXPERT_BIAS_RATE
     )
-    return step.lower(_init(name, mesh_name), _placed(0, mesh)).compile(compiler_options=QUICKLY)
+    return step.lower(_init(name, mesh_name), _placed(0, mesh)).compile()
 
 
 @functools.cache
@@ -183,7 +182,6 @@ def test_expert_bias_moves_by_the_sign_of_the_load_and_stays_in_evaluation():
     functions, _, objective, mesh = _parts("moe", "one device")
     state, bias = _init("moe", "one device"), np.zeros(4)
     evaluate = make_eval_step(functions, objective, mesh)
-    evaluate = evaluate.lower(state.params, state.buffers, _placed(0, mesh)).compile(compiler_options=QUICKLY)
     for seed in range(2):
         batch = _placed(seed, mesh)
         counts = np.asarray(evaluate(state.params, state.buffers, batch).router_counts)
@@ -200,8 +198,8 @@ def test_expert_bias_moves_by_the_sign_of_the_load_and_stays_in_evaluation():
 def _evaluated(mesh_name):
     functions, _, objective, mesh = _parts("dense", mesh_name)
     state = _init("dense", mesh_name)
-    evaluate = make_eval_step(functions, objective, mesh).lower(state.params, state.buffers, _placed(0, mesh))
-    return jax.device_get(evaluate.compile(compiler_options=QUICKLY)(state.params, state.buffers, _placed(0, mesh)))
+    evaluate = make_eval_step(functions, objective, mesh)
+    return jax.device_get(evaluate(state.params, state.buffers, _placed(0, mesh)))
 
 
 @pytest.mark.parametrize("mesh_name", ["data", "mixed"])

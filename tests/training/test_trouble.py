@@ -43,7 +43,6 @@ FUNCTIONS = functional(lambda rngs: Decoder(MODEL, rngs=rngs))
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2), 12)
 ONE = MeshConfig(fsdp=1)
 EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ROLL_BACK = TroubleConfig(non_finite="roll_back", replay=False)
 SKIP = TroubleConfig(non_finite="skip", replay=False)
 
@@ -87,18 +86,8 @@ def mesh_of(config):
     return make_mesh(config, jax.devices()[: math.prod(dataclasses.astuple(config))])
 
 
-@functools.cache
-def compiled_once(*arguments, **named):
-    """Of the same step the loop makes a new function for each run, which would be compiled anew."""
-    step = make_train_step(*arguments, **named)
-    programs = []
-
-    def run(*arguments):
-        programs[:] = programs or [step.lower(*arguments).compile(compiler_options=QUICKLY)]
-        # A compiled program, unlike a jitted function, takes none but arrays where it was compiled for.
-        return programs[0](*jax.tree.map(jax.device_put, arguments, tuple(programs[0].input_shardings[0])))
-
-    return run
+# Of the same step the loop makes a new function for each run, which would be compiled anew.
+compiled_once = functools.cache(make_train_step)
 
 
 @functools.cache

@@ -169,7 +169,6 @@ CONFIG = ModelConfig(
     vocab_size=61, tokenizer_vocab_size=50, embed_dim=16, layer_types=("conv", "full_attention"), num_heads=2, num_kv_heads=1,
     head_dim=8, mlp_dim=24,
 )  # fmt: skip
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ROWS = 8
 
 
@@ -185,7 +184,7 @@ def _sums_and_gradient():
         sums = next_token_objective(LossConfig())(functions.bind(params, buffers), batch, jax.random.key(0))
         return sums.loss, sums
 
-    compiled = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICKLY)
+    compiled = jax.jit(jax.grad(loss, has_aux=True))
     return lambda batch: compiled(params, jax.tree.map(jnp.asarray, batch))
 
 
