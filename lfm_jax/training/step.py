@@ -114,7 +114,7 @@ def _summed_gradient(
         check_rows(batch["tokens"].shape[0], accumulation, mesh)
         accumulated = functools.partial(_accumulated, micro_gradient, accumulation)
         if mesh.shape["data"] > 1:
-            accumulated = _on_replicas(accumulated, shardings)
+            accumulated = _on_replicas(accumulated, whole, shardings)
         return accumulated(functions.cast(params), buffers, batch, key)
 
     return summed_gradient
@@ -182,39 +182,35 @@ def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
         )
 
 
-def _on_replicas(accumulated: Callable, shardings: Tree) -> Callable:
-    """Has each replica (mesh axis `data`) gather the parameters, add up its own micro-batches, and keep its part of the sum.
+def _on_replicas(accumulated: Callable, whole: Tree, shardings: Tree) -> Callable:
+    """Has each replica (mesh axis `data`) get the parameters, add up its own micro-batches, and keep its part of the sum.
 
     So the replicas meet twice a step, whatever the accumulation. Left to itself, XLA would make each micro-batch's gradient that
-    of all replicas. The gradient is summed in float32.
+    of all replicas. What replicas share parameters over is left to it, and so are the two meetings, outside of what each does
+    alone: inside, XLA would first bring together all parts of an array in each replica. The gradient is summed in float32.
 
     Args:
-      shardings: of the parameters, each split over the replicas along one axis or along none.
+      whole: shardings of the parameters in each replica; shardings: those of the state, split over the replicas as well.
     """
-    on_data = lambda entry: "data" in (entry if isinstance(entry, tuple) else (entry,))
-    specs = jax.tree.map(lambda each: PartitionSpec(*("data" if on_data(entry) else None for entry in each.spec)), shardings)
-    axis_of = lambda spec: next((axis for axis, entry in enumerate(spec) if entry == "data"), None)
 
-    def gather(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-        axis = axis_of(spec)
-        return leaf if axis is None else jax.lax.all_gather(leaf, "data", axis=axis, tiled=True)
-
-    def part_of_sum(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-        axis = axis_of(spec)
-        if axis is None:
-            return jax.lax.psum(leaf, "data")
-        return jax.lax.psum_scatter(leaf, "data", scatter_dimension=axis, tiled=True)
-
-    def on_replica(params: Tree, buffers: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Sums]:
-        key = jax.random.fold_in(key, jax.lax.axis_index("data"))
-        gradient, sums = accumulated(jax.tree.map(gather, params, specs), buffers, batch, key)
+    def alone(params: Tree, buffers: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Sums]:
+        gradient, sums = accumulated(params, buffers, batch, jax.random.fold_in(key, jax.lax.axis_index("data")))
         over_data = [functools.partial(reduce, axis_name="data") for reduce in (jax.lax.psum, jax.lax.pmin, jax.lax.pmax)]
-        return jax.tree.map(part_of_sum, gradient, specs), sums.joined(*over_data)
+        return jax.tree.map(lambda leaf: leaf[None], gradient), sums.joined(*over_data)
 
-    same, rows = PartitionSpec(), PartitionSpec("data")
-    return jax.shard_map(
-        on_replica, in_specs=(specs, same, rows, same), out_specs=(specs, same), axis_names={"data"}, check_vma=False
+    same, stacked = PartitionSpec(), PartitionSpec("data")
+    replicas = jax.shard_map(
+        alone, in_specs=(same, same, stacked, same), out_specs=(stacked, same), axis_names={"data"}, check_vma=False
     )  # fmt: skip
+
+    def together(params: Tree, buffers: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Sums]:
+        # Pinned before as well: else they would travel as they are before they are cast.
+        params = jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(params, shardings), whole)
+        gradients, sums = replicas(params, buffers, batch, key)
+        gradient = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), gradients)
+        return jax.lax.with_sharding_constraint(gradient, shardings), sums
+
+    return together
 
 
 def _accumulated(

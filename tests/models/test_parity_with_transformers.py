@@ -17,6 +17,8 @@ import transformers
 from lfm_jax.interop import export_folder, import_folder
 from lfm_jax.models import Decoder, FunctionalModel, ModelConfig, MoEConfig, RopeConfig, functional, init_cache
 
+pytestmark = pytest.mark.usefixtures("optimized_programs")
+
 SEQ = 20
 LOGIT_TOLERANCE = 2e-4  # absolute, for logits of unit scale
 GRADIENT_TOLERANCE = 1e-3  # |ours - theirs| / |theirs|, Euclidean norms, each tensor for itself

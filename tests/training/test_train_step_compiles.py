@@ -1,6 +1,8 @@
 """The whole training step through the TPU compiler (Mosaic and XLA), for chips that are not there."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +69,17 @@ def test_training_step_with_pallas_compiles_on_16_chips(topology, chips, mesh_co
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes <= 512 * len(outputs[1]) + 1024
 
 
-def test_two_slices_meet_once_a_step():
-    """Whatever the micro-batches: what crosses the data-centre network is not in the loop over them, nor in any other."""
-    _, compiled = _compiled("v5e:2x2", 8, MeshConfig(data=2), 2, slices=2)
+def test_two_slices_meet_once_a_step_and_send_no_more_than_they_must():
+    """Whatever the micro-batches: what crosses the data-centre network is not in the loop over them, nor in any other.
+
+    A chip of a slice of four sends its share: of the gradient a quarter, a float32 each, of the new parameters an eighth, in
+    bfloat16. That is 1.25 bytes a parameter; metrics and what is too small to be split come on top.
+    """
+    state, compiled = _compiled("v5e:2x2", 8, MeshConfig(data=2), 2, slices=2)
     program = compiled.as_text()
     _, _, outside_of_loops = program.partition("\nENTRY ")
     sent = lambda text: [line for line in text.splitlines() if " send(" in line and "xla_megascale_runtime" in line]
     assert " while(" in outside_of_loops and sent(program) and sent(program) == sent(outside_of_loops)
+    arrays = [re.search(r"= \((f32|bf16)\[([\d,]*)\]", line).groups() for line in sent(program)]
+    sizes = [{"f32": 4, "bf16": 2}[dtype] * math.prod(map(int, filter(None, shape.split(",")))) for dtype, shape in arrays]
+    assert 1.2 < sum(sizes) / sum(leaf.size for leaf in jax.tree.leaves(state.params)) < 1.4
