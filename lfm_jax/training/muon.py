@@ -1,7 +1,8 @@
 """Muon: the momentum of each matrix, orthogonalised (Jordan et al. 2024; Moonlight, Liu et al. 2025, arXiv 2502.16982).
 
-Not optax.contrib.muon, whose products run on matrices as they are split: over 16 chips they gather them in 79 collectives, twenty
-times the cycles of whole matrices dealt to the chips (docs/benchmarks/optimizers.md).
+Not optax.contrib.muon, which leaves products of matrices that are split over devices to XLA's partitioner. The iteration
+below, left to it in that way over 16 chips, gathers them in 79 collectives and takes twenty times the cycles of whole
+matrices dealt to the chips (docs/benchmarks/optimizers.md).
 """
 
 import collections

@@ -11,16 +11,16 @@ from lfm_jax.sharding.chips import CHIPS
 
 pytest.importorskip("libtpu")
 
-# (topology, preset, kind of layer, rows, positions, mesh, kernels: two where the backward pass is one). 32,768 takes a minute.
+# (topology, preset, kind of layer, rows, positions, mesh, kernels: two where the backward pass is one)
 CASES = [(chip.topology, "lfm2_350m", "full_attention", 2, 4096, MeshConfig(), 2) for chip in CHIPS.values() if chip.topology]
 CASES += [
     ("v5e:2x2", "lfm3_1_7b", "full_attention", 1, 4096, MeshConfig(), 2),
     ("v5e:2x2", "lfm3_1_7b", "sliding_attention", 1, 4096, MeshConfig(), 3),
     ("v5e:2x2", "lfm2_350m", "full_attention", 1, 32_768, MeshConfig(), 2),
-    ("v5p:2x2x1", "lfm3_1_7b", "full_attention", 1, 8192, MeshConfig(), 2),
-    ("v5p:2x2x1", "lfm3_1_7b", "sliding_attention", 1, 8192, MeshConfig(), 3),
+    ("v5p:2x2x1", "lfm3_1_7b", "full_attention", 1, 32_768, MeshConfig(), 2),
+    ("v5p:2x2x1", "lfm3_1_7b", "sliding_attention", 1, 32_768, MeshConfig(), 3),
     ("v5e:2x2", "lfm2_1_2b", "full_attention", 1, 32_768, MeshConfig(), 3),  # whose partial sums have no room
-    ("v6e:2x2", "lfm2_1_2b", "full_attention", 1, 8192, MeshConfig(fsdp=1, context=4), 2),
+    ("v6e:2x2", "lfm2_1_2b", "full_attention", 1, 32_768, MeshConfig(fsdp=1, context=4), 2),
     ("v5e:4x4", "lfm2_1_2b", "full_attention", 1, 32_768, MeshConfig(fsdp=1, context=1, tensor=16), 2),
 ]
 

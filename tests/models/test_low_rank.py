@@ -40,7 +40,6 @@ MATRICES = {
     (*ATTENTION, "gate_proj"): (1, 32, 4), (*ATTENTION, "out_proj"): (1, 32, 32),
     (*MOE, "gate"): (4, 32, 32), (*MOE, "up"): (4, 32, 32), (*MOE, "down"): (4, 32, 32),
 }  # fmt: skip
-# Compiling is what these tests take their time for; -O0 changes no more than roundings.
 
 
 @functools.cache
@@ -93,8 +92,7 @@ def _loss_and_gradient(functions):
 
 @functools.cache
 def _merge():
-    model = _model()
-    return jax.jit(model.merged)
+    return jax.jit(_model().merged)
 
 
 def test_a_model_begins_as_it_was():
