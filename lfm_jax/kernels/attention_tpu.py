@@ -93,12 +93,30 @@ class _Mask(splash_attention_mask._ComputableMask):
         super().__init__((len(places), keys), visible)
         self.q_sequence = np.asarray(places, np.int32)
         self._key = window, self.q_sequence.tobytes()
+        self._window = np.inf if window is None else window
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        """As the base class has it; but no border of the mask crosses most blocks, and then its ends say all, not each pair."""
+        places, keys = self.q_sequence[index[0]], index[1]
+        first, last = int(places.min()), int(places.max())
+        if last < keys.start or first >= keys.stop - 1 + self._window:
+            return _block(len(places), keys.stop - keys.start, False)
+        if keys.stop - 1 <= first and last < keys.start + self._window:
+            return _block(len(places), keys.stop - keys.start, True)
+        return super().__getitem__(index)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Mask) and self._key == other._key
 
     def __hash__(self) -> int:
         return hash(self._key)
+
+
+@functools.cache
+def _block(queries: int, keys: int, visible: bool) -> np.ndarray:
+    block = np.full((queries, keys), visible)
+    block.flags.writeable = False
+    return block
 
 
 @functools.lru_cache(maxsize=16)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,18 @@ def test_partial_sums_that_have_no_room_make_two_kernels(seq, window, calls, fus
     """At 32,768 each of 8 calls with two heads has 16 blocks of keys x 65,536 queries x 256 bytes: 2^31 in all."""
     sizes = attention_tpu.block_sizes(2 * seq, seq, HEAD_DIM, window, calls)
     assert sizes.use_fused_bwd_kernel == fused and (sizes.block_q_dq is None) == fused
+
+
+@pytest.mark.parametrize("window", [None, 1, 24, 64])
+@pytest.mark.parametrize("places", [np.arange(128), np.repeat(dealt_order(64, 2), 2)], ids=["in order", "dealt, two heads"])
+def test_blocks_of_a_mask_are_those_of_the_whole(places, window):
+    keys = places.max() + 1
+    mask = attention_tpu._Mask(places, keys, window)
+    whole = np.asarray(_mask(jnp.ones((1, keys), jnp.int32), window))[0][places]
+    pieces = lambda length, size: [slice(start, min(start + size, length)) for start in range(0, length, size)]
+    blocks = [block for size in (1, 7, 32) for block in itertools.product(pieces(128, size), pieces(keys, 5))]
+    for block in blocks:
+        np.testing.assert_array_equal(mask[block], whole[block])
 
 
 def test_a_shape_that_the_kernel_does_not_take_is_refused():
