@@ -18,7 +18,12 @@ LogicalAxes = tuple[str | None, ...]
 Rules = dict[str | None, tuple[str, ...]]
 
 _BY_TENSOR: Rules = {name: ("tensor",) for name in ("vocab", "heads", "kv_heads", "mlp", "channels")}
-PARAMETER_RULES: Rules = {**_BY_TENSOR, "expert": ("expert",), "embed": ("fsdp", "context", "expert")}
+# Over which every large array is split, along the first axis that can be: XLA scatters a sum there, and elsewhere makes it whole on
+# each device first (docs/log.md, 2026-11-27).
+_ALL_LARGE = ("fsdp", "context", "expert")
+PARAMETER_RULES: Rules = {
+    **_BY_TENSOR, "expert": ("expert",), **{name: ("tensor", *_ALL_LARGE) for name in ("heads", "mlp")}, "embed": _ALL_LARGE
+}  # fmt: skip
 ACTIVATION_RULES: Rules = {**_BY_TENSOR, "expert": ("expert",), "batch": ("data", "fsdp", "expert"), "seq": ("context",)}
 
 
@@ -82,7 +87,10 @@ def check_split(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int], array: str)
     Raises:
       ValueError: the mesh axes do not divide the length.
     """
-    for name, length, (wanted, chosen) in zip(axes, shape, _split(axes, PARAMETER_RULES, mesh, shape), strict=True):
+    found = _split(axes, PARAMETER_RULES, mesh, shape)
+    for index, (name, length, (wanted, chosen)) in enumerate(zip(axes, shape, found, strict=True)):
+        elsewhere = {axis for _, others in found[index + 1 :] for axis in others if name != "expert"}
+        wanted = [axis for axis in wanted if axis not in elsewhere]
         if wanted != chosen and name != "kv_heads":
             parts = math.prod(mesh.shape[axis] for axis in wanted)
             product = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in wanted)

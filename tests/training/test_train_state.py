@@ -35,13 +35,14 @@ def _bytes(leaf, sharding):
 
 
 def test_parameters_and_their_moments_are_split_alike():
-    """By hand: embed over fsdp; heads, mlp, channels and vocab over tensor; then the first axis, a free one rather, over data."""
+    """By hand: heads, mlp, channels and vocab over tensor; the first of heads, mlp and embed over fsdp; a free axis over data."""
     state = _abstract(TINY)
     expected = {
         ("embed", "embedding"): PartitionSpec(("data", "tensor"), "fsdp"),
         ("layers", 0, "operator", "in_proj"): PartitionSpec(("data", "fsdp"), None, "tensor"),
         ("layers", 0, "operator", "kernel"): PartitionSpec(None, ("data", "tensor")),
-        ("layers", 0, "mlp", "down"): PartitionSpec(("data", "tensor"), "fsdp"),
+        ("layers", 0, "mlp", "up"): PartitionSpec(("data", "fsdp"), "tensor"),
+        ("layers", 0, "mlp", "down"): PartitionSpec(("tensor", "fsdp"), "data"),
         ("layers", 1, "operator", "k_proj"): PartitionSpec("fsdp", "tensor", "data"),
         ("layers", 1, "moe", "gate"): PartitionSpec("data", "fsdp", "tensor"),
         ("final_norm", "scale"): PartitionSpec(("data", "fsdp")),
@@ -84,6 +85,9 @@ def test_experts_are_split_over_expert_and_everything_else_over_context_and_expe
     assert layer["moe"]["gate"].sharding.spec == PartitionSpec("expert", ("fsdp", "context"), None)
     assert layer["moe"]["router"].sharding.spec == PartitionSpec(("fsdp", "context", "expert"), None)
     assert layer["operator"]["q_proj"].sharding.spec == PartitionSpec(("fsdp", "context", "expert"), None, None)
+    assert layer["moe"]["down"].sharding.spec == PartitionSpec("expert", ("fsdp", "context"), None)
+    # Four heads have no more room; what they leave, the next axis takes.
+    assert layer["operator"]["out_proj"].sharding.spec == PartitionSpec(("fsdp", "context"), None, "expert")
 
 
 @pytest.mark.parametrize(
