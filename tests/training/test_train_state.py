@@ -35,7 +35,7 @@ def _bytes(leaf, sharding):
 
 
 def test_parameters_and_their_moments_are_split_alike():
-    """By hand: heads, mlp, channels and vocab over tensor; the first of heads, mlp and embed over fsdp; a free axis over data."""
+    """By hand: heads, mlp, channels and vocab over tensor; the first of mlp and embed over fsdp; a free axis over data."""
     state = _abstract(TINY)
     expected = {
         ("embed", "embedding"): PartitionSpec(("data", "tensor"), "fsdp"),
@@ -86,8 +86,11 @@ def test_experts_are_split_over_expert_and_everything_else_over_context_and_expe
     assert layer["moe"]["router"].sharding.spec == PartitionSpec(("fsdp", "context", "expert"), None)
     assert layer["operator"]["q_proj"].sharding.spec == PartitionSpec(("fsdp", "context", "expert"), None, None)
     assert layer["moe"]["down"].sharding.spec == PartitionSpec("expert", ("fsdp", "context"), None)
-    # Four heads have no more room; what they leave, the next axis takes.
-    assert layer["operator"]["out_proj"].sharding.spec == PartitionSpec(("fsdp", "context"), None, "expert")
+    # Where a width of 24 has no more room, the next axis takes what is left.
+    layer = _abstract(TINY, MeshConfig(data=1, fsdp=1, context=2, tensor=4)).params["layers"][0]
+    assert layer["mlp"]["down"].sharding.spec == PartitionSpec(("tensor", "context"), None)
+    layer = _abstract(dataclasses.replace(TINY, mlp_dim=20), MeshConfig(data=1, fsdp=1, context=2, tensor=4)).params["layers"][0]
+    assert layer["mlp"]["down"].sharding.spec == PartitionSpec("tensor", "context")
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,7 @@ def test_experts_are_split_over_expert_and_everything_else_over_context_and_expe
         (MeshConfig(fsdp=1, expert=8), r"expert=8 does not divide expert = 4 of layers.1.moe.*; together they may be 4,"),
         (MeshConfig(data=1, fsdp=4, context=2), None),
         (MeshConfig(fsdp=2, tensor=4), None),  # two heads of keys: every pair of devices has a copy of one
+        (MeshConfig(data=1, fsdp=1, context=2, expert=4), None),  # 24 and 8 by 8, of the experts by 2
     ],
 )
 def test_a_mesh_that_does_not_divide_the_model_is_refused(config, message):
