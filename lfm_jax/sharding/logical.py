@@ -18,8 +18,8 @@ LogicalAxes = tuple[str | None, ...]
 Rules = dict[str | None, tuple[str, ...]]
 
 _BY_TENSOR: Rules = {name: ("tensor",) for name in ("vocab", "heads", "kv_heads", "mlp", "channels")}
-# What every large array is split over; those of feed-forwards along the first axis, where XLA scatters a gradient's sum: along the
-# last it first makes it whole on each device (docs/log.md, 2026-11-27).
+# What every large array is split over. Feed-forward weights are along the first axis, where XLA scatters a gradient's sum; along
+# the last it makes it whole on each device first (docs/log.md, 2026-11-27).
 _ALL_LARGE = ("fsdp", "context", "expert")
 PARAMETER_RULES: Rules = {**_BY_TENSOR, "expert": ("expert",), "mlp": ("tensor", *_ALL_LARGE), "embed": _ALL_LARGE}
 ACTIVATION_RULES: Rules = {**_BY_TENSOR, "expert": ("expert",), "batch": ("data", "fsdp", "expert"), "seq": ("context",)}
