@@ -44,6 +44,7 @@ SETTINGS = EVERYTHING | {
     "environments.names": "echo,bandit,never", "rollouts.prompts": 4, "rollouts.temperatures": "((1.0,2),(0.6,1),(0.0,1))",
     "rollouts.keep": None, "evaluation.problems": 1, "curriculum.cold_after": 2, "curriculum.probe_prompts": 1,
     "curriculum.probe_samples": 4, "train.steps": 9, "train.evaluate_every": 9,
+    "optimizer.eps": 1e-4,  # else Adam makes of what rounding leaves of a small gradient as large a step as of any other
 }  # fmt: skip
 
 
@@ -119,14 +120,14 @@ def test_losses_and_figures_are_those_of_one_process(folder):
 
 
 def test_parameters_are_those_of_one_process(folder):
-    """And the folder that the two have written has them. Of what rounding leaves of small gradients Adam makes 2 % of the way."""
+    """And the folder that the two have written has them."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     first, one, two = (load_stage(str(folder / name), ComputeConfig(), mesh).params for name in ("model", "one", "two"))
     moved, apart = (
         [float(np.abs(after - before).max()) for before, after in zip(*map(jax.tree.leaves, each), strict=True)]
         for each in ((first, one), (one, two))
     )
-    assert all(0 <= difference < distance / 20 for difference, distance in zip(apart, moved, strict=True)), (apart, moved)
+    assert all(0 <= difference < distance / 100 for difference, distance in zip(apart, moved, strict=True)), (apart, moved)
     jax.tree.map(np.testing.assert_array_equal, import_folder(folder / "two" / "export" / "hf").params, two)
 
 
