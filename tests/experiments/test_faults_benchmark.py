@@ -1,4 +1,4 @@
-"""A short campaign: a run that two things happen to ends as the one that nothing happens to, and each is told."""
+"""A short campaign: a run that four things happen to ends as the one that nothing happens to, and each is told."""
 
 import json
 
@@ -9,13 +9,13 @@ from experiments.benchmarks.faults.campaign import differences_between
 from experiments.benchmarks.faults.victim import KINDS
 from experiments.results import read_results
 
-TWO = ("stuck", "flipped bit on disk")  # of which the second is killed
+FOUR = ("kill", "stuck", "raise", "flipped bit on disk")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
-    main(Config(faults=2, kinds=TWO, seed=1, silent=6.0, stay=20.0), folder)
+    main(Config(faults=4, kinds=FOUR, seed=1, silent=6.0, stay=20.0), folder)
     return folder
 
 
@@ -23,9 +23,9 @@ def test_nothing_is_lost_and_all_is_told(folder):
     results = read_results(folder)
     rows = [json.loads(line) for line in (folder / "faults.jsonl").read_text().splitlines()]
     assert results["differences"] == [] and results["identical"], rows
-    assert sorted(row["kind"] for row in rows) == sorted(TWO)
+    assert sorted(row["kind"] for row in rows) == sorted(FOUR)
     # On busy cores the watch may end a run before its fault has struck.
-    watched = [row for row in rows if row["kind"] == "stuck" and row["seconds"] is not None]
+    watched = [row for row in rows if row["kind"] in ("kill", "stuck", "raise") and row["seconds"] is not None]
     assert all(0 < row["seconds_to_word"] <= row["seconds"] for row in watched), rows
     assert [results[name] for name in ("hung", "unexpected_exit_codes", "untold")] == [0, 0, 0], rows
 
