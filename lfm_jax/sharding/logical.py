@@ -87,6 +87,7 @@ def check_split(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int], array: str)
     """
     found = _split(axes, PARAMETER_RULES, mesh, shape)
     for index, (name, length, (wanted, chosen)) in enumerate(zip(axes, shape, found, strict=True)):
+        # What a later axis has taken instead is no loss; but experts are computed by `expert`.
         elsewhere = {axis for _, others in found[index + 1 :] for axis in others if name != "expert"}
         wanted = [axis for axis in wanted if axis not in elsewhere]
         if wanted != chosen and name != "kv_heads":

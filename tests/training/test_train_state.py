@@ -89,8 +89,9 @@ def test_experts_are_split_over_expert_and_everything_else_over_context_and_expe
     # Where a width of 24 has no more room, the next axis takes what is left.
     layer = _abstract(TINY, MeshConfig(data=1, fsdp=1, context=2, tensor=4)).params["layers"][0]
     assert layer["mlp"]["down"].sharding.spec == PartitionSpec(("tensor", "context"), None)
-    layer = _abstract(dataclasses.replace(TINY, mlp_dim=20), MeshConfig(data=1, fsdp=1, context=2, tensor=4)).params["layers"][0]
-    assert layer["mlp"]["down"].sharding.spec == PartitionSpec("tensor", "context")
+    narrow, mesh = dataclasses.replace(TINY, mlp_dim=20), MeshConfig(data=1, fsdp=1, context=2, tensor=4)
+    assert _abstract(narrow, mesh).params["layers"][0]["mlp"]["down"].sharding.spec == PartitionSpec("tensor", "context")
+    check_mesh(_functions(narrow), make_mesh(mesh))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,6 @@ def test_experts_are_split_over_expert_and_everything_else_over_context_and_expe
         (MeshConfig(fsdp=1, expert=8), r"expert=8 does not divide expert = 4 of layers.1.moe.*; together they may be 4,"),
         (MeshConfig(data=1, fsdp=4, context=2), None),
         (MeshConfig(fsdp=2, tensor=4), None),  # two heads of keys: every pair of devices has a copy of one
-        (MeshConfig(data=1, fsdp=1, context=2, expert=4), None),  # 24 and 8 by 8, of the experts by 2
     ],
 )
 def test_a_mesh_that_does_not_divide_the_model_is_refused(config, message):
