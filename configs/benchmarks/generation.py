@@ -1,6 +1,7 @@
 """Tokens a second of our generation beside transformers' and llama.cpp's, on the same weights and prompts.
 
     python run.py --config=configs/benchmarks/generation.py --workdir=workdirs/generation
+    python run.py --config=configs/benchmarks/generation.py:gpu --workdir=workdirs/generation_gpu
 
 Needs the extras `export` and `test` (PyTorch, transformers, xllamacpp). Each engine has a process of its own, and they take
 turns; prefill is the time of one token after the prompts, decode what 128 more take. `of_decode_floor` is how much of the time of
@@ -12,9 +13,14 @@ docs/benchmarks/generation.md.
 
 from ml_collections import ConfigDict
 
+_GPU = {
+    "platform": "gpu", "dtype": "bfloat16", "presets": ("lfm2_350m", "lfm2_1_2b"), "engines": ("ours", "transformers"),
+    "rounds": 3,
+}  # fmt: skip
+
 
 def get_config(argument: str = "") -> ConfigDict:
-    """There is one; it takes no argument."""
-    if argument:
-        raise ValueError(f"{argument!r}: this config takes no argument")
-    return ConfigDict({"experiment": "benchmarks.generation"})
+    """For a CPU, or a "gpu"."""
+    if argument not in ("", "gpu"):
+        raise ValueError(f"unknown argument {argument!r}; there is gpu, and none for a CPU")
+    return ConfigDict({"experiment": "benchmarks.generation", **(_GPU if argument else {})})

@@ -9,14 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
 
+from experiments.benchmarks.device_rates import matmul_flops_per_second, read_bytes_per_second
 from experiments.benchmarks.generation_engines import ENGINES
-from experiments.benchmarks.processes import ROOT
+from experiments.benchmarks.processes import PLATFORMS, python_path
 from experiments.results import write_results
+from lfm_jax.configuration import ConfigError
 from lfm_jax.models import ModelConfig, preset
 from lfm_jax.models.accounting import decode_bytes_per_token, forward_flops_per_token, parameter_count
 
@@ -25,9 +27,10 @@ _PARTS = ("prefill", "decode")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """presets: architectures, with random weights in float32; engines: of `generation_engines`; batches: prompts at a time.
+    """presets: architectures, with random weights; engines: of `generation_engines`; batches: prompts at a time.
 
     prompt, new_tokens: lengths. rounds: turns of each engine, of which the first is not timed.
+    platform: where they compute; llama.cpp, whose weights are float32, does on a CPU alone. dtype: of weights and numbers.
     """
 
     presets: tuple[str, ...] = ("nano", "mini")
@@ -36,6 +39,8 @@ class Config:
     prompt: int = 128
     new_tokens: int = 128
     rounds: int = 4
+    platform: Literal["cpu", "gpu"] = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         for name in self.presets:
@@ -45,14 +50,19 @@ class Config:
             raise ValueError(f"engines has {unknown[0]!r}; known are {', '.join(ENGINES)}")
         if self.rounds < 2:
             raise ValueError(f"rounds must be at least 2, since the first is not timed; got {self.rounds}")
+        if "llama_cpp" in self.engines and (self.platform, self.dtype) != ("cpu", "float32"):
+            wanted = f"{self.dtype} on a {self.platform}"
+            raise ValueError(f"llama_cpp computes in float32 on a CPU, not in {wanted}; leave it out of engines")
 
 
 class _Engine:
     """A process of `generation_engines`."""
 
-    def __init__(self, name: str, model: epath.Path):
-        command = [sys.executable, "-m", "experiments.benchmarks.generation_engines", name, str(model)]
-        environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", ""), "PYTHONPATH": str(ROOT)}
+    def __init__(self, name: str, model: epath.Path, platform: str, dtype: str):
+        command = [sys.executable, "-m", "experiments.benchmarks.generation_engines", name, str(model), platform, dtype]
+        # On a GPU the engines, which take turns, live side by side: none may take its memory in advance.
+        memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        environment = os.environ | memory | {"JAX_PLATFORMS": PLATFORMS[platform], "PYTHONPATH": python_path()}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
         self._answer()
 
@@ -75,8 +85,8 @@ class _Engine:
             pass
 
 
-def _models(config: ModelConfig, folder: epath.Path) -> dict[str, epath.Path]:
-    """Random weights, and a tokenizer for all their rows, as each engine reads them."""
+def _models(config: ModelConfig, engines: tuple[str, ...], folder: epath.Path) -> dict[str, epath.Path]:
+    """Random weights as each engine reads them; llama.cpp's with a tokenizer for all their rows, without which it has no file."""
     import jax
 
     from data_pipelines import DocumentsConfig, TokenizerConfig, read_documents, train_tokenizer
@@ -88,20 +98,21 @@ def _models(config: ModelConfig, folder: epath.Path) -> dict[str, epath.Path]:
     functions = model_functions(config, ComputeConfig())
     params, buffers = jax.jit(functions.init)(jax.random.key(0))
     tokenizer, hf, gguf = folder / "tokenizer", folder / "hf", folder / "model.gguf"
-    if not tokenizer.exists():
-        text = read_documents(DocumentsConfig(source="stdlib"), "train")
-        train_tokenizer(TokenizerConfig(vocab_size=config.vocab_size), text, tokenizer)
-    export_folder(config, params, buffers, hf, tokenizer=tokenizer)
-    export_gguf(config, params, buffers, gguf, tokenizer=tokenizer, type="F32")
+    export_folder(config, params, buffers, hf)
+    if "llama_cpp" in engines:
+        if not tokenizer.exists():
+            text = read_documents(DocumentsConfig(source="stdlib"), "train")
+            train_tokenizer(TokenizerConfig(vocab_size=config.vocab_size), text, tokenizer)
+        export_gguf(config, params, buffers, gguf, tokenizer=tokenizer, type="F32")
     return {"ours": hf, "transformers": hf, "llama_cpp": gguf}
 
 
 @contextlib.contextmanager
-def _running(engines: tuple[str, ...], models: dict[str, epath.Path]) -> Iterator[dict[str, _Engine]]:
+def _running(config: Config, models: dict[str, epath.Path]) -> Iterator[dict[str, _Engine]]:
     with contextlib.ExitStack() as stack:
         running = {}
-        for name in engines:
-            running[name] = _Engine(name, models[name])
+        for name in config.engines:
+            running[name] = _Engine(name, models[name], config.platform, config.dtype)
             stack.callback(running[name].close)
         yield running
 
@@ -128,8 +139,16 @@ def _matmul_rate() -> float:
     return 2 * 2048**3 / statistics.median(times)
 
 
+def _rates(config: Config, size: int) -> tuple[float, float]:
+    """Bytes a second at which so many bytes of weights are read again and again, and FLOPs a second of a large product."""
+    if config.platform == "cpu":
+        return _bandwidth(size), _matmul_rate()
+    return read_bytes_per_second(size, config.dtype), matmul_flops_per_second(8192, config.dtype)
+
+
 def _rows(config: Config, name: str, model: ModelConfig, running: dict[str, _Engine]) -> list[dict[str, Any]]:
-    bandwidth, matmul = _bandwidth(4 * parameter_count(model)), _matmul_rate()
+    wide = {"float32": 4, "bfloat16": 2}[config.dtype]
+    bandwidth, matmul = _rates(config, wide * parameter_count(model))
     rng, rows = np.random.default_rng(0), []
     for batch in config.batches:
         prompts = rng.integers(10, model.vocab_size, (batch, config.prompt)).tolist()
@@ -142,7 +161,8 @@ def _rows(config: Config, name: str, model: ModelConfig, running: dict[str, _Eng
                 taken[engine].append((first["seconds"], whole["seconds"] - first["seconds"]))
                 tokens[engine], peaks[engine] = whole["tokens"], whole["peak_bytes"]
         context = config.prompt + config.new_tokens / 2
-        read = (batch - 1) * (decode_bytes_per_token(model, context, 0, 4)) + decode_bytes_per_token(model, context, 4, 4)
+        cache, whole = (decode_bytes_per_token(model, context, weight, wide) for weight in (0, wide))
+        read = (batch - 1) * cache + whole
         # Seconds of a step, for each of the two that it cannot do without.
         least = {"bandwidth": read / bandwidth, "flops": batch * forward_flops_per_token(model, int(context)) / matmul}
         limit = max(least, key=least.get)
@@ -162,11 +182,23 @@ def _rows(config: Config, name: str, model: ModelConfig, running: dict[str, _Eng
 
 
 def main(config: Config, workdir: epath.Path) -> None:
-    """Measures every preset at every batch, and writes the table."""
+    """Measures every preset at every batch, and writes the table.
+
+    Raises:
+      ConfigError: the platform is a GPU, and JAX sees none.
+    """
+    import jax
+
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the engines need a GPU's memory as well
+    jax.config.update("jax_platforms", PLATFORMS[config.platform])
+    try:
+        jax.devices(config.platform)
+    except RuntimeError as error:
+        raise ConfigError(f"platform='gpu' needs a GPU that JAX sees, with the extra `gpu`; it says: {error}") from error
     rows = []
     for name in config.presets:
         model = preset(name)
-        with _running(config.engines, _models(model, workdir / name)) as running:
+        with _running(config, _models(model, config.engines, workdir / name)) as running:
             rows += _rows(config, name, model, running)
     write_results(workdir, {**_ratios(rows), "generation": rows}, config)
 

@@ -1,10 +1,11 @@
 """One engine in a process of its own: it loads a model, says so, and answers each line of JSON with a line of JSON.
 
-    python -m experiments.benchmarks.generation_engines ENGINE MODEL
+    python -m experiments.benchmarks.generation_engines ENGINE MODEL PLATFORM DTYPE
 
-ENGINE is `ours` or `transformers`, with MODEL a Hugging Face folder, or `llama_cpp`, with a GGUF file. A line asks for
-{"prompts": [[ids], ...], "new_tokens": n}: all prompts, which are equally long, are continued greedily by exactly n tokens. The
-answer is {"seconds", "tokens": [[ids], ...], "peak_bytes"}.
+ENGINE is `ours` or `transformers`, with MODEL a Hugging Face folder, or `llama_cpp`, with a GGUF file; PLATFORM is `cpu` or
+`gpu`; DTYPE that of weights and numbers. A line asks for {"prompts": [[ids], ...], "new_tokens": n}: all prompts, equally long,
+are continued greedily by exactly n tokens. The answer is {"seconds", "tokens": [[ids], ...], "peak_bytes"}: of memory, the
+process's on a CPU, and on a GPU what the engine's allocator had handed out at most.
 """
 
 import concurrent.futures
@@ -16,11 +17,22 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from typing import NamedTuple
 
-Generate = Callable[[list[list[int]], int], list[list[int]]]
+
+class _Engine(NamedTuple):
+    """generate: so many tokens behind each prompt; peak_bytes: of memory so far."""
+
+    generate: Callable[[list[list[int]], int], list[list[int]]]
+    peak_bytes: Callable[[], int]
 
 
-def _ours(folder: str) -> Generate:
+def _host_peak_bytes() -> int:
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+    return 1024 * int(peak)
+
+
+def _ours(folder: str, platform: str, dtype: str) -> _Engine:
     import jax
 
     from experiments.stages import model_functions
@@ -29,7 +41,7 @@ def _ours(folder: str) -> Generate:
     from lfm_jax.models import ComputeConfig
 
     model = import_folder(folder)
-    functions = model_functions(model.config, ComputeConfig(dtype="float32"))
+    functions = model_functions(model.config, ComputeConfig(dtype=dtype))
     settings = EngineConfig(context=1024, steps=64, prefill_rows=64)
     engine = Engine(functions, model.config, model.params, model.buffers, settings)
 
@@ -39,20 +51,22 @@ def _ours(folder: str) -> Generate:
         with jax.default_matmul_precision("highest"):  # float32, as the others compute in
             return [answer.tokens for answer in engine.run(requests)]
 
-    return generate
+    device = jax.devices(platform)[0]
+    return _Engine(generate, _host_peak_bytes if platform == "cpu" else lambda: device.memory_stats()["peak_bytes_in_use"])
 
 
-def _transformers(folder: str) -> Generate:
+def _transformers(folder: str, platform: str, dtype: str) -> _Engine:
     from experiments.export.huggingface import quiet_transformers
 
     quiet_transformers()
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    device = {"cpu": "cpu", "gpu": "cuda"}[platform]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
 
     def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=device)
         with torch.inference_mode():
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
@@ -60,10 +74,11 @@ def _transformers(folder: str) -> Generate:
             )  # fmt: skip
         return out[:, ids.shape[1] :].tolist()
 
-    return generate
+    return _Engine(generate, _host_peak_bytes if platform == "cpu" else torch.cuda.max_memory_allocated)
 
 
-def _llama_cpp(file: str) -> Generate:
+def _llama_cpp(file: str, platform: str, dtype: str) -> _Engine:
+    del platform, dtype  # the package's llama.cpp is for CPUs, and the file's weights are float32
     import xllamacpp
 
     most = 64
@@ -83,25 +98,25 @@ def _llama_cpp(file: str) -> Generate:
             return json.loads(response.read())["tokens"]
 
     pool = concurrent.futures.ThreadPoolExecutor(most)
-    return lambda prompts, new_tokens: list(pool.map(lambda prompt: complete(prompt, new_tokens), prompts))
+    generate = lambda prompts, new_tokens: list(pool.map(lambda prompt: complete(prompt, new_tokens), prompts))
+    return _Engine(generate, _host_peak_bytes)
 
 
 ENGINES = {"ours": _ours, "transformers": _transformers, "llama_cpp": _llama_cpp}
 
 
-def main(engine: str, model: str) -> None:
+def main(name: str, model: str, platform: str, dtype: str) -> None:
     """Answers until its input ends."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not an answer
-    generate = ENGINES[engine](model)
+    engine = ENGINES[name](model, platform, dtype)
     print("{}", file=out, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         start = time.perf_counter()
-        tokens = generate(asked["prompts"], asked["new_tokens"])
+        tokens = engine.generate(asked["prompts"], asked["new_tokens"])
         seconds = time.perf_counter() - start
-        (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
-        print(json.dumps({"seconds": seconds, "tokens": tokens, "peak_bytes": 1024 * int(peak)}), file=out, flush=True)
+        print(json.dumps({"seconds": seconds, "tokens": tokens, "peak_bytes": engine.peak_bytes()}), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from experiments.benchmarks.outside_formats import FORMATS
+from experiments.benchmarks.processes import ROOT, python_path
 from experiments.results import write_results
 from lfm_jax.configuration import nearest
 
-ROOT = Path(__file__).resolve().parents[2]
 # What a file may come to. The first three are as it should be; of the others, none may happen.
 GOOD = ("clear error", "same result", "other result, no digest")
 BAD = ("silently wrong", "unclear error", "crash", "hang", "growth")
@@ -180,7 +180,7 @@ class _Worker:
         self._folder = tempfile.mkdtemp()
         self._job = {"format": name, "seed": seed, "folder": self._folder}
         command = [sys.executable, "-m", __name__]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path(), "PYTHONWARNINGS": "ignore"}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, cwd=ROOT
         )

@@ -10,6 +10,12 @@ from typing import Any
 from lfm_jax.sharding import aot
 
 ROOT = Path(__file__).resolve().parents[2]
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}  # of JAX_PLATFORMS; with "cuda" alone jax fails an assertion where there is no GPU
+
+
+def python_path() -> str:
+    """PYTHONPATH for a process that imports this repository: its root, and what this process was told."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def run_module(
@@ -23,7 +29,7 @@ def run_module(
       RuntimeError: it failed; the text ends with the reason.
       TimeoutError: it took longer than `seconds`.
     """
-    variables = os.environ | aot.ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | (environment or {})
+    variables = os.environ | aot.ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path()} | (environment or {})
     command = [sys.executable, "-m", module]
     try:
         result = subprocess.run(

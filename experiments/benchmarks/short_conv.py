@@ -87,7 +87,7 @@ def build(job: dict) -> dict:
     }
 
 
-def _least_bytes(shape: tuple[int, ...], direction: str, packed: bool) -> int:
+def least_bytes(shape: tuple[int, ...], direction: str, packed: bool) -> int:
     """Every input read once and every output written once, in bfloat16; taps and their gradient in float32."""
     batch, seq, channels, width = shape
     planes = {"forward": 3 + 1, "backward": 3 + 1 + 3}[direction]
@@ -121,7 +121,7 @@ def _kernel_row(config: Config, name: str, shape: tuple[int, ...], direction: st
         bundles += round(passes * _masked_share(config, width, direction, plan.chunk_time) * max(0, extra))
     rows, columns, steps = plan.grid
     cycles = bundles * steps * math.ceil(rows * columns / chip.cores)
-    least = _least_bytes(shape, direction, packed)
+    least = least_bytes(shape, direction, packed)
     moved = sum(program["block_bytes"])
     memory = moved * chip.clock_hz / chip.hbm_bytes
     return {

@@ -15,14 +15,13 @@ from typing import Any, Literal
 import numpy as np
 from etils import epath
 
-from experiments.benchmarks.processes import ROOT
+from experiments.benchmarks.processes import PLATFORMS, python_path
 from experiments.results import write_results
 from lfm_jax.configuration import ConfigError, to_mapping
 from lfm_jax.models import ComputeConfig, preset
 from lfm_jax.models.accounting import training_flops_per_token
 
 ENGINES = ("ours", "transformers", "transformers_compiled", "transformers_compiled_bfloat16", "ours_whole_rows")
-PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu"}  # of JAX_PLATFORMS; with "cuda" alone jax fails an assertion where there is no GPU
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ class _Engine:
     def __init__(self, engine: str, config: Config, preset: str, folder: epath.Path):
         command = [sys.executable, "-m", "experiments.benchmarks.train_step_engines"]
         platform = "cpu" if engine.startswith("transformers") else config.platform  # there jax must not touch the GPU's memory
-        environment = os.environ | {"JAX_PLATFORMS": PLATFORMS[platform], "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"JAX_PLATFORMS": PLATFORMS[platform], "PYTHONPATH": python_path()}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
         job = {"engine": engine, "config": to_mapping(config), "preset": preset, "folder": str(folder)}
         try:
@@ -215,9 +214,17 @@ def _rows(config: Config, name: str, answers: dict[str, list[dict[str, Any]]], p
             "preset": name, "engine": engine, "seconds": seconds, "tokens_per_second": tokens / seconds,
             "floor_seconds": flops / peak, "flops_utilization": flops / seconds / peak,
             "peak_bytes": answered[-1]["peak_bytes"], "turns": turns,
-            "loss_difference": float(np.abs(losses[engine] - losses["ours"]).max()) if "ours" in losses else None,
+            "losses": losses[engine].tolist(), **_differences(losses, engine),
         })  # fmt: skip
     return rows
+
+
+def _differences(losses: dict[str, np.ndarray], engine: str) -> dict[str, float | None]:
+    """From ours, of the loss before any update, which says whether it is the same model, and the largest of all."""
+    if "ours" not in losses:
+        return {"first_loss_difference": None, "loss_difference": None}
+    apart = np.abs(losses[engine] - losses["ours"])
+    return {"first_loss_difference": float(apart[0]), "loss_difference": float(apart.max())}
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:

@@ -32,14 +32,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from experiments.benchmarks.device_rates import matmul_flops_per_second
 from experiments.benchmarks.train_step import Config
 from lfm_jax.configuration import from_mapping
 from lfm_jax.models import preset
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
-
-_MATMUL_SECONDS = 2.0  # for the clocks to rise, and for the fastest of many
 
 
 class _Side(NamedTuple):
@@ -183,21 +182,6 @@ def _adamw(parameters: list, learning_rate: float) -> tuple[Any, float]:
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, eps=settings.eps, fused=True), settings.clip_norm
 
 
-def _matmul_flops_per_second(config: Config) -> float:
-    """Of the fastest of some products in a row, with `compute.dtype`; random numbers, since constant ones take less power."""
-    import jax
-
-    product = jax.jit(lambda a, b: a @ b)
-    draw = lambda seed: jax.random.normal(jax.random.key(seed), (config.matmul, config.matmul), config.compute.dtype)
-    a, b = draw(0), draw(1)
-    product(a, b).block_until_ready()
-    fastest, calls, end = float("inf"), 4, time.perf_counter() + _MATMUL_SECONDS
-    while (begin := time.perf_counter()) < end:
-        jax.block_until_ready([product(a, b) for _ in range(calls)])
-        fastest = min(fastest, (time.perf_counter() - begin) / calls)
-    return 2 * config.matmul**3 / fastest
-
-
 _SIDES: dict[str, tuple[Callable[..., _Side], dict[str, bool]]] = {
     "ours": (_ours, {"segments": True}),
     "ours_whole_rows": (_ours, {"segments": False}),
@@ -236,7 +220,10 @@ def main() -> None:
         config = from_mapping(Config, job["config"])
         if job["engine"] == "matmul":
             missing = _no_device(config.platform)
-            answer({"refused": missing} if missing else {"flops_per_second": _matmul_flops_per_second(config)})
+            if missing:
+                answer({"refused": missing})
+            else:
+                answer({"flops_per_second": matmul_flops_per_second(config.matmul, config.compute.dtype)})
             return
         make, settings = _SIDES[job["engine"]]
         side = make(config, job["preset"], epath.Path(job["folder"]), **settings)

@@ -1,6 +1,7 @@
 """cuDNN's flash attention through `jax.nn.dot_product_attention`, for NVIDIA GPUs.
 
-It has not been run on a GPU by this project: tests see that it is lowered to cuDNN's call, and that XLA's implementation of the
+On an H200 it is `attention_reference` to the rounding of bfloat16, in both directions, at up to 57 % of what the device can do
+(docs/benchmarks/kernels.md). Tests, which have no GPU, see that it is lowered to cuDNN's call, and that XLA's implementation of the
 same call, with the same arguments, is `attention_reference`.
 
 The public call knows no segments, so that packed rows bring their mask as a bias: [batch, seq, seq] values of the query's type,

@@ -15,7 +15,7 @@ IMPLEMENTATIONS = ("auto", "pallas", "reference")
 # By platform, "default" for the others. Which platform a program is for is known when it is lowered, not when it is traced: a
 # program compiled ahead of time for TPUs is traced on a CPU. There, "pallas" emulates the TPU kernel, which is for tests.
 # "auto" takes the kernel on TPUs for every shape: by the compiler's count the whole block is faster with it on each chip at each
-# preset's shape (docs/benchmarks/short_conv.md). On GPUs it leaves the convolution to XLA until the kernel has been timed on one.
+# preset's shape (docs/benchmarks/short_conv.md). On GPUs XLA is faster than the kernel (docs/benchmarks/kernels.md).
 _FORWARD = {
     "auto": {"tpu": short_conv_tpu.forward, "default": short_conv_reference},
     "pallas": {

@@ -13,8 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from lfm_jax.kernels.short_conv_reference import initial_gradients, tap_reach
 
-_BLOCK_TIME = 64
-_BLOCK_CHANNELS = 64
+_BLOCK_TIME, _BLOCK_CHANNELS = 16, 128  # the fastest of eight pairs on an H200 (docs/benchmarks/kernels.md)
 _REACH_BIT = 16
 MAX_WIDTH = _REACH_BIT - 1
 

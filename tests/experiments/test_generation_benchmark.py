@@ -2,10 +2,12 @@
 
 import json
 
+import jax
 import pytest
 from etils import epath
 
 from experiments.benchmarks import generation
+from lfm_jax.configuration import ConfigError
 from lfm_jax.models import ModelConfig
 
 MODEL = ModelConfig(
@@ -23,8 +25,8 @@ SECONDS = {"ours": ((90, 90), (1, 0.8), (2, 1.2), (9, 0.4)), "transformers": ((0
 class FakeEngine:
     open = 0
 
-    def __init__(self, name, model):
-        assert model == f"{name} of nano"
+    def __init__(self, name, model, platform, dtype):
+        assert (model, platform, dtype) == (f"{name} of nano", "cpu", "float32")
         self._name, self._calls = name, 0
         FakeEngine.open += 1
 
@@ -78,6 +80,8 @@ def test_ratios_and_the_floor_are_those_of_the_seconds(tmp_path, monkeypatch):
         ({"presets": ("huge",)}, "no model preset 'huge'"),
         ({"engines": ("ours", "theirs")}, "engines has 'theirs'; known are ours, transformers, llama_cpp"),
         ({"rounds": 1}, "rounds must be at least 2, since the first is not timed; got 1"),
+        ({"dtype": "bfloat16"}, "llama_cpp computes in float32 on a CPU, not in bfloat16 on a cpu; leave it out of engines"),
+        ({"platform": "gpu"}, "llama_cpp computes in float32 on a CPU, not in float32 on a gpu"),
     ],
 )
 def test_settings_that_measure_nothing_are_refused(settings, message):
@@ -86,5 +90,24 @@ def test_settings_that_measure_nothing_are_refused(settings, message):
 
 
 def test_an_engine_that_ends_is_told():
-    with pytest.raises(RuntimeError, match="generation_engines nobody nowhere ended with 1; what it said is above"):
-        generation._Engine("nobody", epath.Path("nowhere"))
+    with pytest.raises(RuntimeError, match="generation_engines nobody nowhere cpu float32 ended with 1; what it said is above"):
+        generation._Engine("nobody", epath.Path("nowhere"), "cpu", "float32")
+
+
+@pytest.mark.skipif(any(device.platform == "gpu" for device in jax.devices()), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_before_anything_is_made(tmp_path):
+    with pytest.raises(ConfigError, match="platform='gpu' needs a GPU that JAX sees, with the extra `gpu`; it says: "):
+        generation.main(generation.Config(platform="gpu", engines=("ours",)), epath.Path(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_in_bfloat16_weights_are_half_the_bytes_and_the_device_says_its_rates(monkeypatch):
+    """The real engines are told the type and the place, and the floor is of weights and caches of two bytes."""
+    monkeypatch.setattr(generation, "read_bytes_per_second", lambda size, dtype: {(2 * PARAMETERS, "bfloat16"): 2.0}[size, dtype])
+    monkeypatch.setattr(generation, "matmul_flops_per_second", lambda size, dtype: {"bfloat16": 1e9}[dtype])
+    config = generation.Config(platform="gpu", dtype="bfloat16", engines=("ours",), batches=(1,), prompt=6, new_tokens=6)
+    fake = FakeEngine("ours", "ours of nano", "cpu", "float32")
+    (row,) = generation._rows(config, "nano", MODEL, {"ours": fake})
+    assert row["read_bytes_per_token"] == pytest.approx(2 * PARAMETERS + CACHE / 2)
+    assert row["bandwidth_bytes_per_second"] == 2.0 and row["matmul_flops_per_second"] == 1e9
+    fake.close()

@@ -64,8 +64,8 @@ def test_block_bytes_count_each_block_when_it_changes_and_no_padding():
 
 
 def test_least_bytes_by_hand():
-    assert short_conv._least_bytes((2, 100, 8, 3), "forward", packed=False) == 2 * 4 * 2 * 100 * 8 + 4 * 3 * 8
-    assert short_conv._least_bytes((2, 100, 8, 3), "backward", packed=True) == 2 * 7 * 2 * 100 * 8 + 2 * 4 * 3 * 8 + 4 * 2 * 100
+    assert short_conv.least_bytes((2, 100, 8, 3), "forward", packed=False) == 2 * 4 * 2 * 100 * 8 + 4 * 3 * 8
+    assert short_conv.least_bytes((2, 100, 8, 3), "backward", packed=True) == 2 * 7 * 2 * 100 * 8 + 2 * 4 * 3 * 8 + 4 * 2 * 100
 
 
 def test_a_failed_compilation_says_why():
