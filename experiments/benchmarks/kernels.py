@@ -15,7 +15,7 @@ from lfm_jax.models import ModelConfig, preset
 if TYPE_CHECKING:
     import jax
 
-ATTENTION = ("splash", "cudnn", "rows", "reference", "pallas", "tokamax_mosaic", "tokamax_triton")
+ATTENTION = ("splash", "cudnn", "rows", "reference", "pallas")
 SHORT_CONV = ("pallas", "reference")
 _EXACT = "reference"
 
@@ -25,7 +25,7 @@ class Config:
     """presets: whose shapes are taken, equal ones once; tokens: of a batch; seqs: lengths of its rows.
 
     attention, short_conv: implementations that take turns, the first of them what ratios are of. Of attention, "pallas" is jax's
-      own kernel for GPUs and "tokamax_..." are those of tokamax, which must be installed; the others are what models can be told.
+      own kernel for GPUs; the others are what models can be told.
     document_length: of packed rows; rows of one document are timed as well.
     longest_reference: length from which attention's error stays unknown, since XLA would keep all scores.
     matmul: rows and columns of the matrices, read_bytes: of the matrix, by which the device's rates are measured.
@@ -108,11 +108,6 @@ def _attention(config: Config, model: ModelConfig, seq: int, length: int | None)
 
                 key, value = (jnp.repeat(array, heads // kv_heads, axis=2) for array in (key, value))
                 return mha(query, key, value, segments, head_dim**-0.5, True)
-            if name.startswith("tokamax_"):
-                from tokamax import dot_product_attention
-
-                only, kernel = None if segments is None else mask[:, None], name.removeprefix("tokamax_")
-                return dot_product_attention(query, key, value, mask=only, is_causal=True, implementation=kernel)
             return attention(query, key, value, mask, segments, implementation=name)
 
         return attend

@@ -1,8 +1,8 @@
 """cuDNN's flash attention through `jax.nn.dot_product_attention`, for NVIDIA GPUs.
 
 On an H200 it is `attention_reference` to the rounding of bfloat16, in both directions, at up to 57 % of what the device can do
-(docs/benchmarks/kernels.md). Tests, which have no GPU, see that it is lowered to cuDNN's call, and that XLA's implementation of the
-same call, with the same arguments, is `attention_reference`.
+(docs/benchmarks/kernels.md). Tests, which need no GPU, see that it is lowered to cuDNN's call, and that XLA's implementation of
+the same call, with the same arguments, is `attention_reference`.
 
 The public call knows no segments, so that packed rows bring their mask as a bias: [batch, seq, seq] values of the query's type,
 and as many again for a gradient of it that jax asks of cuDNN (33.5 MB each for a row of 4,096, 2.1 GB for one of 32,768), where
