@@ -60,9 +60,7 @@ class _Engine:
 
     def __init__(self, name: str, model: epath.Path, platform: str, dtype: str):
         command = [sys.executable, "-m", "experiments.benchmarks.generation_engines", name, str(model), platform, dtype]
-        # On a GPU the engines, which take turns, live side by side: none may take its memory in advance.
-        memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        environment = os.environ | memory | {"JAX_PLATFORMS": PLATFORMS[platform], "PYTHONPATH": python_path()}
+        environment = os.environ | {"JAX_PLATFORMS": PLATFORMS[platform], "PYTHONPATH": python_path()}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
         self._answer()
 
@@ -189,7 +187,8 @@ def main(config: Config, workdir: epath.Path) -> None:
     """
     import jax
 
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the engines need a GPU's memory as well
+    # On a GPU the engines, which take turns, and this process live side by side: none may take its memory in advance.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     jax.config.update("jax_platforms", PLATFORMS[config.platform])
     try:
         jax.devices(config.platform)
