@@ -50,6 +50,8 @@ class Config:
             raise ValueError(f"engines has {unknown[0]!r}; known are {', '.join(ENGINES)}")
         if self.rounds < 2:
             raise ValueError(f"rounds must be at least 2, since the first is not timed; got {self.rounds}")
+        if "ours_by_cores" in self.engines and self.platform != "cpu":
+            raise ValueError("ours_by_cores is of the cores of a CPU; leave it out of engines")
         if "llama_cpp" in self.engines and (self.platform, self.dtype) != ("cpu", "float32"):
             wanted = f"{self.dtype} on a {self.platform}"
             raise ValueError(f"llama_cpp computes in float32 on a CPU, not in {wanted}; leave it out of engines")
@@ -102,7 +104,7 @@ def _models(config: ModelConfig, engines: tuple[str, ...], folder: epath.Path) -
             text = read_documents(DocumentsConfig(source="stdlib"), "train")
             train_tokenizer(TokenizerConfig(vocab_size=config.vocab_size), text, tokenizer)
         export_gguf(config, params, buffers, gguf, tokenizer=tokenizer, type="F32")
-    return {"ours": hf, "transformers": hf, "llama_cpp": gguf}
+    return {"llama_cpp": gguf, **dict.fromkeys(("ours", "ours_by_cores", "transformers"), hf)}
 
 
 @contextlib.contextmanager
@@ -204,10 +206,14 @@ def main(config: Config, workdir: epath.Path) -> None:
 
 def _ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Our rates over each other engine's."""
-    about = lambda row: (row["preset"], row["batch"], row["engine"])
-    rate = {(*about(row), what): row[f"{what}_tokens_per_second"] for row in rows for what in _PARTS}
+    ours = [row for row in rows if row["engine"].startswith("ours")]
+    theirs = [row for row in rows if not row["engine"].startswith("ours")]
+    about = lambda row: f"{row['preset']}_batch_{row['batch']}"
+    rate = lambda row, part: row[f"{part}_tokens_per_second"]
     return {
-        f"{preset}_batch_{batch}_{what}_over_{engine}": rate[preset, batch, "ours", what] / value
-        for (preset, batch, engine, what), value in rate.items()
-        if engine != "ours" and (preset, batch, "ours", what) in rate
+        f"{about(one)}_{part}_{one['engine']}_over_{other['engine']}": rate(one, part) / rate(other, part)
+        for one in ours
+        for other in theirs
+        if about(one) == about(other)
+        for part in _PARTS
     }

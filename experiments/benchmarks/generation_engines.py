@@ -2,10 +2,11 @@
 
     python -m experiments.benchmarks.generation_engines ENGINE MODEL PLATFORM DTYPE
 
-ENGINE is `ours` or `transformers`, with MODEL a Hugging Face folder, or `llama_cpp`, with a GGUF file; PLATFORM is `cpu` or
-`gpu`; DTYPE that of weights and numbers. A line asks for {"prompts": [[ids], ...], "new_tokens": n}: all prompts, equally long,
-are continued greedily by exactly n tokens. The answer is {"seconds", "tokens": [[ids], ...], "peak_bytes"}: of memory, the
-process's on a CPU, and on a GPU what the engine's allocator had handed out at most.
+ENGINE is `ours`, `ours_by_cores` (each core of a CPU a device of its own, among which matrices are split) or `transformers`, with
+MODEL a Hugging Face folder, or `llama_cpp`, with a GGUF file; PLATFORM is `cpu` or `gpu`; DTYPE that of weights and numbers.
+A line asks for {"prompts": [[ids], ...], "new_tokens": n}: all prompts, equally long, are continued greedily by exactly n tokens.
+The answer is {"seconds", "tokens": [[ids], ...], "peak_bytes"}: of memory, the process's on a CPU, and on a GPU what the engine's
+allocator had handed out at most.
 """
 
 import concurrent.futures
@@ -32,18 +33,22 @@ def _host_peak_bytes() -> int:
     return 1024 * int(peak)
 
 
-def _ours(folder: str, platform: str, dtype: str) -> _Engine:
+def _ours(folder: str, platform: str, dtype: str, devices: int = 1) -> _Engine:
     import jax
 
     from experiments.stages import model_functions
     from lfm_jax.generation import Engine, EngineConfig, Request, SamplingConfig
     from lfm_jax.interop import import_folder
     from lfm_jax.models import ComputeConfig
+    from lfm_jax.sharding import MeshConfig, make_mesh, parameter_sharding
 
     model = import_folder(folder)
     functions = model_functions(model.config, ComputeConfig(dtype=dtype))
+    mesh = make_mesh(MeshConfig(fsdp=1, tensor=devices), jax.devices(platform)[:devices])
+    place = lambda array, axes: jax.device_put(array, parameter_sharding(mesh, axes, array.shape))
+    params = jax.tree.map(place, model.params, functions.param_axes)
     settings = EngineConfig(context=1024, steps=64, prefill_rows=64)
-    engine = Engine(functions, model.config, model.params, model.buffers, settings)
+    engine = Engine(functions, model.config, params, model.buffers, settings, mesh=mesh)
 
     def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         greedy = SamplingConfig(max_new_tokens=new_tokens, temperature=0)
@@ -53,6 +58,14 @@ def _ours(folder: str, platform: str, dtype: str) -> _Engine:
 
     device = jax.devices(platform)[0]
     return _Engine(generate, _host_peak_bytes if platform == "cpu" else lambda: device.memory_stats()["peak_bytes_in_use"])
+
+
+def _ours_by_cores(folder: str, platform: str, dtype: str) -> _Engine:
+    import jax
+
+    cores = len(os.sched_getaffinity(0))
+    jax.config.update("jax_num_cpu_devices", cores)
+    return _ours(folder, platform, dtype, cores)
 
 
 def _transformers(folder: str, platform: str, dtype: str) -> _Engine:
@@ -102,7 +115,7 @@ def _llama_cpp(file: str, platform: str, dtype: str) -> _Engine:
     return _Engine(generate, _host_peak_bytes)
 
 
-ENGINES = {"ours": _ours, "transformers": _transformers, "llama_cpp": _llama_cpp}
+ENGINES = {"ours": _ours, "ours_by_cores": _ours_by_cores, "transformers": _transformers, "llama_cpp": _llama_cpp}
 
 
 def main(name: str, model: str, platform: str, dtype: str) -> None:

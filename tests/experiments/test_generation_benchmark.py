@@ -58,7 +58,7 @@ def test_ratios_and_the_floor_are_those_of_the_seconds(tmp_path, monkeypatch):
     results = json.loads((tmp_path / "results.json").read_text())
     # Medians: 2 and 0.8 seconds of ours, 4 and 1.6 of the other; a batch of 8 takes 8 times as long.
     assert {name: value for name, value in results.items() if "_over_" in name} == pytest.approx(
-        {f"nano_batch_{batch}_{what}_over_transformers": 2 for batch in (1, 8) for what in ("prefill", "decode")}
+        {f"nano_batch_{batch}_{what}_ours_over_transformers": 2 for batch in (1, 8) for what in ("prefill", "decode")}
     )
     every = lambda field: [row[field] for row in results["generation"]]
     assert list(zip(every("batch"), every("engine"), strict=True)) == [(batch, name) for batch in (1, 8) for name in engines]
@@ -78,10 +78,11 @@ def test_ratios_and_the_floor_are_those_of_the_seconds(tmp_path, monkeypatch):
     ("settings", "message"),
     [
         ({"presets": ("huge",)}, "no model preset 'huge'"),
-        ({"engines": ("ours", "theirs")}, "engines has 'theirs'; known are ours, transformers, llama_cpp"),
+        ({"engines": ("ours", "theirs")}, "engines has 'theirs'; known are ours, ours_by_cores, transformers, llama_cpp"),
         ({"rounds": 1}, "rounds must be at least 2, since the first is not timed; got 1"),
         ({"dtype": "bfloat16"}, "llama_cpp computes in float32 on a CPU, not in bfloat16 on a cpu; leave it out of engines"),
-        ({"platform": "gpu"}, "llama_cpp computes in float32 on a CPU, not in float32 on a gpu"),
+        ({"platform": "gpu"}, "ours_by_cores is of the cores of a CPU; leave it out of engines"),
+        ({"platform": "gpu", "engines": ("llama_cpp",)}, "llama_cpp computes in float32 on a CPU, not in float32 on a gpu"),
     ],
 )
 def test_settings_that_measure_nothing_are_refused(settings, message):
