@@ -8,10 +8,16 @@ from etils import epath
 
 from experiments.benchmarks import generation
 from lfm_jax.configuration import ConfigError
-from lfm_jax.models import ModelConfig
+from lfm_jax.interop import export_folder
+from lfm_jax.models import Decoder, ModelConfig, functional
 
 MODEL = ModelConfig(
     vocab_size=16, embed_dim=8, layer_types=("full_attention",), num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=12,
+)  # fmt: skip
+# Heads, channels and vocabulary for two cores or four.
+SMALL = ModelConfig(
+    vocab_size=64, embed_dim=32, layer_types=("conv", "full_attention"), num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=64,
+    context_length=64,
 )  # fmt: skip
 # embedding, queries and output, keys and values, feed-forward, norms: of q and k, of the two branches, and the last
 PARAMETERS = 16 * 8 + 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 12 + 2 * 4 + 3 * 8
@@ -112,3 +118,17 @@ def test_in_bfloat16_weights_are_half_the_bytes_and_the_device_says_its_rates(mo
     assert row["read_bytes_per_token"] == pytest.approx(2 * PARAMETERS + CACHE / 2)
     assert row["bandwidth_bytes_per_second"] == 2.0 and row["matmul_flops_per_second"] == 1e9
     fake.close()
+
+
+def test_on_a_device_for_each_core_the_real_engine_says_the_same(tmp_path):
+    """In processes of their own, as they are timed. On a machine of one core they are the same."""
+    params, buffers = functional(lambda rngs: Decoder(SMALL, rngs=rngs)).init(jax.random.key(0))
+    export_folder(SMALL, params, buffers, tmp_path / "hf")
+    prompts, said = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], {}
+    for name in ("ours", "ours_by_cores"):
+        engine = generation._Engine(name, epath.Path(tmp_path / "hf"), "cpu", "float32")
+        said[name] = engine.generate(prompts, 6)
+        engine.close()
+    assert [len(tokens) for tokens in said["ours"]["tokens"]] == [6, 6]
+    assert said["ours_by_cores"]["tokens"] == said["ours"]["tokens"]
+    assert min(answer["peak_bytes"] for answer in said.values()) > 50e6 and said["ours"]["seconds"] > 0
