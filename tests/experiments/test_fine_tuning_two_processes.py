@@ -30,7 +30,7 @@ distributed.join = functools.cache(distributed.join)
 sys.exit(max(run.main(stage.split()) for stage in sys.argv[1:]))
 """
 STAGES = {
-    "sft": {"data.sources": "conversations.jsonl", "data.held_out_share": 0.2, "export.formats": "hf"},
+    "sft": {"data.sources": "conversations.jsonl", "data.held_out_share": 0.2, "export.formats": "hf", "export.check_tokens": 0},
     "dpo": {"data.sources": "pairs.jsonl", "data.held_out_share": 0.2},
     "ftpo": {"pairs": "loops.jsonl", "held_out_share": 0.3, "flatten": 0.0, "low_rank.rank": 4},
 }
