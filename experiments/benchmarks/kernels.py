@@ -249,9 +249,9 @@ def main(config: Config, workdir: epath.Path) -> None:
         if str(case.about) in known:
             continue
         known.add(str(case.about))
-        for row in _rows(config, case, names, rates):
-            rows.append(row)
-            print(_markdown([row]).splitlines()[-1], flush=True)
+        found = list(_rows(config, case, names, rates))
+        print(*_markdown(found).splitlines()[2:], sep="\n", flush=True)
+        rows += found
     (workdir / "kernels.md").write_text(_markdown(rows))
     write_results(workdir, {**rates, "kernels": rows}, config)
     if all("failed" in row for row in rows):
