@@ -132,3 +132,18 @@ def test_on_a_device_for_each_core_the_real_engine_says_the_same(tmp_path):
     assert [len(tokens) for tokens in said["ours"]["tokens"]] == [6, 6]
     assert said["ours_by_cores"]["tokens"] == said["ours"]["tokens"]
     assert min(answer["peak_bytes"] for answer in said.values()) > 50e6 and said["ours"]["seconds"] > 0
+
+
+def test_ratios_are_of_the_same_model_and_batch():
+    rows = [
+        {"preset": name, "batch": batch, "engine": engine, "prefill_tokens_per_second": rate, "decode_tokens_per_second": 2 * rate}
+        for name, batch, engine, rate in (
+            ("a", 1, "ours", 6), ("a", 8, "ours_by_cores", 8), ("a", 1, "transformers", 2), ("a", 8, "transformers", 4),
+            ("b", 1, "transformers", 1),
+        )
+    ]  # fmt: skip
+    assert generation._ratios(rows) == {
+        f"a_batch_{batch}_{part}_{ours}_over_transformers": ratio
+        for batch, ours, ratio in ((1, "ours", 3), (8, "ours_by_cores", 2))
+        for part in ("prefill", "decode")
+    }
