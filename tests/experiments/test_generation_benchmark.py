@@ -135,8 +135,9 @@ def test_on_a_device_for_each_core_the_real_engine_says_the_same(tmp_path):
 
 
 def test_ratios_are_of_the_same_model_and_batch():
+    rates = [f"{part}_tokens_per_second" for part in ("prefill", "decode")]
     rows = [
-        {"preset": name, "batch": batch, "engine": engine, **{f"{part}_tokens_per_second": rate for part in ("prefill", "decode")}}
+        {"preset": name, "batch": batch, "engine": engine, **dict.fromkeys(rates, rate)}
         for name, batch, engine, rate in (
             ("a", 1, "ours", 6), ("a", 8, "ours_by_cores", 8), ("a", 1, "transformers", 2), ("a", 8, "transformers", 4),
             ("b", 1, "transformers", 1),
