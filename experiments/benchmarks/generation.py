@@ -33,7 +33,7 @@ class Config:
     platform: where they compute; llama.cpp, whose weights are float32, does on a CPU alone. dtype: of weights and numbers.
     """
 
-    presets: tuple[str, ...] = ("nano", "mini")
+    presets: tuple[str, ...] = ("nano", "micro")
     engines: tuple[str, ...] = tuple(ENGINES)
     batches: tuple[int, ...] = (1, 8, 64)
     prompt: int = 128
@@ -89,7 +89,6 @@ def _models(config: ModelConfig, engines: tuple[str, ...], folder: epath.Path) -
     """Random weights as each engine reads them; llama.cpp's with a tokenizer for all their rows, without which it has no file."""
     import jax
 
-    from data_pipelines import DocumentsConfig, TokenizerConfig, read_documents, train_tokenizer
     from experiments.stages import model_functions
     from lfm_jax.interop import export_folder
     from lfm_jax.interop.gguf_file import export_gguf
@@ -100,6 +99,8 @@ def _models(config: ModelConfig, engines: tuple[str, ...], folder: epath.Path) -
     tokenizer, hf, gguf = folder / "tokenizer", folder / "hf", folder / "model.gguf"
     export_folder(config, params, buffers, hf)
     if "llama_cpp" in engines:
+        from data_pipelines import DocumentsConfig, TokenizerConfig, read_documents, train_tokenizer
+
         if not tokenizer.exists():
             text = read_documents(DocumentsConfig(source="stdlib"), "train")
             train_tokenizer(TokenizerConfig(vocab_size=config.vocab_size), text, tokenizer)

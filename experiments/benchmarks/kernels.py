@@ -10,6 +10,7 @@ from etils import epath
 from experiments.benchmarks.device_rates import matmul_flops_per_second, read_bytes_per_second, seconds_of
 from experiments.benchmarks.short_conv import least_bytes
 from experiments.results import write_results
+from lfm_jax.configuration import ConfigError
 from lfm_jax.models import ModelConfig, preset
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ _EXACT = "reference"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """presets: whose shapes are taken, equal ones once; tokens: of a batch; seqs: lengths of its rows.
+    """platform: what must be there. presets: whose shapes are taken, equal ones once.
 
+    tokens: of a batch; seqs: lengths of its rows.
     attention, short_conv: implementations that take turns, the first of them what ratios are of. Of attention, "pallas" is jax's
       own kernel for GPUs; the others are what models can be told.
     document_length: of packed rows; rows of one document are timed as well.
@@ -32,6 +34,7 @@ class Config:
     least_seconds: for which each program is timed.
     """
 
+    platform: Literal["cpu", "gpu", "tpu"]
     presets: tuple[str, ...]
     tokens: int
     seqs: tuple[int, ...]
@@ -136,7 +139,7 @@ def _short_conv(config: Config, model: ModelConfig, seq: int, length: int | None
     shape, packed = (rows, seq, channels, width), length is not None
     return _Case(
         about={"kernel": "short_conv", "shape": [*shape], "packed": packed}, inputs=inputs, slope=slope, make=make,
-        least=[(least_bytes(shape, direction, packed), 0.0) for direction in ("forward", "backward")],
+        least=[(least_bytes(shape, direction, packed, slope.itemsize), 0.0) for direction in ("forward", "backward")],
         compared=lambda array: array,
     )  # fmt: skip
 
@@ -228,9 +231,17 @@ def main(config: Config, workdir: epath.Path) -> None:
     """Writes results.json, and the table as kernels.md.
 
     Raises:
+      ConfigError: the platform is not what jax computes on.
       RuntimeError: nothing could be run.
     """
+    import jax
     from rich.progress import track
+
+    if jax.default_backend() != config.platform:
+        raise ConfigError(
+            f"platform={config.platform!r}, and jax computes on a {jax.default_backend()}: run it on a machine with a "
+            f"{config.platform}, with the extra of that name, or give the config file the argument for this one"
+        )
 
     rates = {
         "matmul_flops_per_second": matmul_flops_per_second(config.matmul, config.dtype),

@@ -87,12 +87,12 @@ def build(job: dict) -> dict:
     }
 
 
-def least_bytes(shape: tuple[int, ...], direction: str, packed: bool) -> int:
-    """Every input read once and every output written once, in bfloat16; taps and their gradient in float32."""
+def least_bytes(shape: tuple[int, ...], direction: str, packed: bool, value_bytes: int = 2) -> int:
+    """Every input read once and every output written once, in values of so many bytes; taps and their gradient in float32."""
     batch, seq, channels, width = shape
     planes = {"forward": 3 + 1, "backward": 3 + 1 + 3}[direction]
     taps = {"forward": 1, "backward": 2}[direction] * 4 * width * channels
-    return 2 * planes * batch * seq * channels + taps + 4 * batch * seq * packed
+    return value_bytes * planes * batch * seq * channels + taps + 4 * batch * seq * packed
 
 
 def _masked_share(config: Config, width: int, direction: str, chunk_time: int) -> float:

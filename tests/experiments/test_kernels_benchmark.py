@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 
 from experiments.benchmarks import device_rates, kernels
+from lfm_jax.configuration import ConfigError
 from lfm_jax.models import preset
 
 NANO = preset("nano")
@@ -16,7 +17,7 @@ NANO = preset("nano")
 
 def config_of(**changes):
     small = {
-        "presets": ("nano",), "tokens": 128, "seqs": (64,), "document_length": 16, "dtype": "float32",
+        "platform": "cpu", "presets": ("nano",), "tokens": 128, "seqs": (64,), "document_length": 16, "dtype": "float32",
         "attention": ("rows", "reference"), "short_conv": ("reference",), "matmul": 64, "read_bytes": 2**16,
         "least_seconds": 0.0,
     }  # fmt: skip
@@ -68,7 +69,9 @@ def test_what_is_least_by_hand():
     assert least(None) == [(2 * (queries + keys), flops), (4 * (queries + keys), 2.5 * flops)]
     assert least(16)[0][1] == flops / 4
     forward, backward = kernels._short_conv(config_of(dtype="bfloat16"), NANO, 64, None).least
-    assert forward == (2 * 4 * 128 * NANO.embed_dim + 4 * 3 * NANO.embed_dim, 0) and forward[0] < backward[0]
+    taps = 4 * 3 * NANO.embed_dim
+    assert forward == (2 * 4 * 128 * NANO.embed_dim + taps, 0) and forward[0] < backward[0]
+    assert kernels._short_conv(config_of(), NANO, 64, None).least[0] == (4 * 4 * 128 * NANO.embed_dim + taps, 0)
 
 
 def test_a_floor_is_the_longer_of_bytes_and_flops(monkeypatch):
@@ -94,6 +97,11 @@ def test_nothing_that_runs_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="no implementation could be run; the first said ValueError: cuDNN's attention takes"):
         kernels.main(config_of(attention=("cudnn",), short_conv=()), epath.Path(tmp_path))
     assert "cuDNN's attention takes" in (tmp_path / "kernels.md").read_text()
+
+
+def test_another_platform_is_no_place_for_it(tmp_path):
+    with pytest.raises(ConfigError, match="platform='tpu', and jax computes on a cpu: run it on a machine with a tpu"):
+        kernels.main(config_of(platform="tpu"), epath.Path(tmp_path))
 
 
 @pytest.mark.parametrize(
