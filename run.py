@@ -225,10 +225,12 @@ def _start(module: types.ModuleType, config: Any, record: dict[str, Any], workdi
     from etils import epath
 
     from experiments.results import write_json
+    from lfm_jax.host_memory import keep_freed_memory
     from lfm_jax.sharding import distributed, peers
     from lfm_jax.sharding.flags import add_to_environment
 
     add_to_environment()
+    keep_freed_memory()
     process = distributed.join()
     with peers.watch():
         path = epath.Path(workdir)

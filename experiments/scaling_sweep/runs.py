@@ -29,6 +29,7 @@ from experiments.scaling_sweep.grid import Run
 from experiments.scaling_sweep.text import FOLDER as TEXT
 from experiments.stages import CHECKPOINTS
 from lfm_jax.configuration import ConfigError, flatten, to_mapping
+from lfm_jax.host_memory import keep_freed_memory
 from lfm_jax.training import Checkpoints
 from lfm_jax.training.checkpoint_manifest import MANIFEST
 from lfm_jax.training.stopping import EXIT_INTERRUPTED
@@ -252,6 +253,7 @@ def _work(run: Run, folder: str, number: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[number % len(cores)]})
+    keep_freed_memory()
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
     jax.config.update("jax_compilation_cache_dir", os.fspath(epath.Path(folder) / "programs"))
     place = epath.Path(folder) / RUNS / run.name
