@@ -19,10 +19,11 @@ os.environ.update(
     JAX_PLATFORMS="cpu",
     JAX_NUMPY_DTYPE_PROMOTION="strict",
     JAX_NUMPY_RANK_PROMOTION="raise",
-    # Eight devices share few cores: a collective may wait long for its last member, which is no deadlock.
-    XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600",
-    # Most of the time goes into compiling programs that run once. Without optimisations XLA takes less, and what changes is in
-    # the roundings. A test of optimised programs asks for `optimized_programs`.
+    # Most of the time goes into compiling programs that run once. Without optimisations, with XLA's older emitters and in one
+    # piece that takes a third of the time, and what changes is in the roundings. A test of optimised programs asks for
+    # `optimized_programs`. Eight devices share few cores: a collective may wait long for its last member, which is no deadlock.
+    XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
     JAX_DISABLE_MOST_OPTIMIZATIONS="1",
     # The TPU compiler (libtpu) without a TPU: it must neither look for a machine nor lock one.
     TPU_SKIP_MDS_QUERY="1",

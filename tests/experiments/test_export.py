@@ -53,7 +53,7 @@ def _stage(config, tokenizer, folder, seed=0):
     return export_folder(config, params, buffers, folder, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["tied", *(pytest.param(name, marks=pytest.mark.heavy) for name in MODELS if name != "tied")])
 def test_every_format_runs_in_its_runtime_and_agrees(name, tokenizer, tmp_path):
     """In a process of its own, as a user has it: half a dozen runtimes in one that has run a thousand tests are nobody's case."""
     stage = _stage(MODELS[name], tokenizer, tmp_path / "stage")

@@ -19,6 +19,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.heavy
 def test_nothing_is_lost_and_all_is_told(folder):
     results = read_results(folder)
     rows = [json.loads(line) for line in (folder / "faults.jsonl").read_text().splitlines()]
@@ -30,6 +31,7 @@ def test_nothing_is_lost_and_all_is_told(folder):
     assert [results[name] for name in ("hung", "unexpected_exit_codes", "untold")] == [0, 0, 0], rows
 
 
+@pytest.mark.heavy
 def test_what_is_not_the_same_is_found(folder):
     """A logged figure, and a value of the last checkpoint."""
     metrics = folder / "hurt" / "metrics.jsonl"

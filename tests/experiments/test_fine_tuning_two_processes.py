@@ -16,6 +16,7 @@ from lfm_jax.models import ComputeConfig, Decoder, ModelConfig, functional
 from lfm_jax.sharding import MeshConfig, make_mesh
 from lfm_jax.training import read_metrics
 
+pytestmark = pytest.mark.heavy
 MODEL = ModelConfig(
     vocab_size=320, embed_dim=32, layer_types=("conv", "full_attention"), num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64,
     context_length=128,

@@ -30,6 +30,7 @@ def _config(folder, **changes):
     return Config(**settings | changes)
 
 
+@pytest.mark.heavy
 def test_runs_are_compared_and_kept(tmp_path, monkeypatch):
     """Two rates and a shorter run: four trainings; the second time none."""
     config = _config(tmp_path)

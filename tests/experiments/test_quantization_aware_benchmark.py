@@ -41,6 +41,7 @@ def compared(tmp_path_factory):
     return folder, data, json.loads((folder / "run" / "results.json").read_text())
 
 
+@pytest.mark.heavy
 def test_figures_are_those_of_an_evaluation(compared, tmp_path):
     folder, data, figures = compared
     found = figures["rows"][0]["bits_per_byte"][0]
@@ -55,6 +56,7 @@ def test_figures_are_those_of_an_evaluation(compared, tmp_path):
     assert len(set(found.values())) == 3
 
 
+@pytest.mark.heavy
 def test_trainings_differ_by_format_and_seed_and_costs_are_their_differences(compared):
     folder, _, figures = compared
     rows = {row["trained"]: row["bits_per_byte"] for row in figures["rows"]}
@@ -67,6 +69,7 @@ def test_trainings_differ_by_format_and_seed_and_costs_are_their_differences(com
     assert f"| Q4_0 | {mean('q4_0', 'none'):.4f} (" in table and f"| as it was | {rows[None][0]['none']:.4f} |" in table
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not llama_cpp_installed(), reason="xllamacpp is not installed")
 def test_llama_cpp_reads_the_files_of_each_training(compared):
     files = compared[2]["llama_cpp"]

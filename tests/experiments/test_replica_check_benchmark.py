@@ -13,6 +13,7 @@ from lfm_jax.sharding import MeshConfig
 from lfm_jax.training import replicas
 
 
+@pytest.mark.heavy
 def test_a_short_run_writes_its_figures(tmp_path, monkeypatch):
     checked = []
     check = replicas.check_replicas

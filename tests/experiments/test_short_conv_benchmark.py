@@ -74,6 +74,7 @@ def test_a_failed_compilation_says_why():
         tpu_compiler.measure(short_conv.__name__, {"chip": "v1", "shape": (1, 128, 128, 3), "schedules": True})
 
 
+@pytest.mark.heavy
 def test_kernel_meets_its_bounds_on_v5e(tmp_path):
     """A small run: the bytes are near the floor, the arithmetic is hidden, and the tables hold what results.json holds."""
     pytest.importorskip("libtpu")

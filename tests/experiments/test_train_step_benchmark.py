@@ -30,6 +30,7 @@ def losses(name, config, folder, steps=3, **settings):
     return train_step_engines._timed(side, steps)["losses"]
 
 
+@pytest.mark.heavy
 def test_every_side_trains_alike_in_either_type(tmp_path):
     """Of three updates; those of Adam follow signs. Float32 differs by the order of sums alone.
 

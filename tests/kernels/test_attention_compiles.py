@@ -1,5 +1,7 @@
 """Splash attention through Mosaic, forward and backward, for chips that are not there, at the presets' shapes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,16 +13,17 @@ from lfm_jax.sharding.chips import CHIPS
 
 pytest.importorskip("libtpu")
 
+HEAVY = functools.partial(pytest.param, marks=pytest.mark.heavy)
 # (topology, preset, kind of layer, rows, positions, mesh, kernels: two where the backward pass is one)
 CASES = [(chip.topology, "lfm2_350m", "full_attention", 2, 4096, MeshConfig(), 2) for chip in CHIPS.values() if chip.topology]
 CASES += [
     ("v5e:2x2", "lfm3_1_7b", "full_attention", 1, 4096, MeshConfig(), 2),
     ("v5e:2x2", "lfm3_1_7b", "sliding_attention", 1, 4096, MeshConfig(), 3),
-    ("v5e:2x2", "lfm2_350m", "full_attention", 1, 32_768, MeshConfig(), 2),
-    ("v5p:2x2x1", "lfm3_1_7b", "full_attention", 1, 32_768, MeshConfig(), 2),
-    ("v5p:2x2x1", "lfm3_1_7b", "sliding_attention", 1, 32_768, MeshConfig(), 3),
-    ("v5e:2x2", "lfm2_1_2b", "full_attention", 1, 32_768, MeshConfig(), 3),  # whose partial sums have no room
-    ("v6e:2x2", "lfm2_1_2b", "full_attention", 1, 32_768, MeshConfig(fsdp=1, context=4), 2),
+    HEAVY("v5e:2x2", "lfm2_350m", "full_attention", 1, 32_768, MeshConfig(), 2),
+    HEAVY("v5p:2x2x1", "lfm3_1_7b", "full_attention", 1, 32_768, MeshConfig(), 2),
+    HEAVY("v5p:2x2x1", "lfm3_1_7b", "sliding_attention", 1, 32_768, MeshConfig(), 3),
+    HEAVY("v5e:2x2", "lfm2_1_2b", "full_attention", 1, 32_768, MeshConfig(), 3),  # whose partial sums have no room
+    HEAVY("v6e:2x2", "lfm2_1_2b", "full_attention", 1, 32_768, MeshConfig(fsdp=1, context=4), 2),
     ("v5e:4x4", "lfm2_1_2b", "full_attention", 1, 32_768, MeshConfig(fsdp=1, context=1, tensor=16), 2),
 ]
 

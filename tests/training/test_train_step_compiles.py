@@ -42,8 +42,8 @@ def _compiled(topology, chips, mesh_config, accumulation, slices=1):
 @pytest.mark.parametrize(
     "topology, chips, mesh_config, accumulation",
     [
-        ("v5e:2x2", 1, MeshConfig(), 1),
-        ("v5e:2x2", 4, MeshConfig(data=2, fsdp=1, tensor=2), 1),
+        pytest.param("v5e:2x2", 1, MeshConfig(), 1, marks=pytest.mark.heavy),
+        pytest.param("v5e:2x2", 4, MeshConfig(data=2, fsdp=1, tensor=2), 1, marks=pytest.mark.heavy),
         ("v5e:4x4", 16, MeshConfig(data=2, fsdp=4, tensor=2), 2),
         ("v5p:2x2x4", 16, MeshConfig(fsdp=8, context=2), 1),
     ],
