@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 import run
+from lfm_jax import host_memory
 from lfm_jax.configuration import ConfigError
 from lfm_jax.sharding import distributed
 
@@ -219,6 +220,14 @@ def test_of_several_processes_the_first_writes_config_json(calls, monkeypatch, t
     monkeypatch.setattr(sys.modules["experiments.toy"], "main", lambda config, workdir: None)
     assert run.main(["--config=toy.py", "--workdir=out"]) == 0
     assert joined == [None] and (tmp_path / "out").is_dir() and not (tmp_path / "out" / "config.json").exists()
+
+
+def test_freed_memory_is_kept_before_anything_computes(calls, monkeypatch):
+    order = []
+    monkeypatch.setattr(host_memory, "keep_freed_memory", lambda: order.append("kept"))
+    monkeypatch.setattr(distributed, "join", lambda: order.append("joined") or 0)
+    assert run.main(["--config=toy.py", "--workdir=out"]) == 0
+    assert order == ["kept", "joined"] and len(calls) == 1
 
 
 @pytest.mark.parametrize(
