@@ -14,10 +14,11 @@ def keep_freed_memory() -> bool:
 
     XLA allocates the temporary memory of a program anew each time that it runs. As it is, glibc takes more than 32 MiB (64 in a
     thread) from the kernel and gives it back, and the kernel clears every page again: a third of a small model's training step
-    (docs/log.md, 2026-11-27). Up to 1 GiB in one piece stays with the process after this, and about 2 GiB in all, so that
-    a process may hold that much more than it needs. Larger pieces go back as before, and with other C libraries all do.
+    (docs/log.md, 2026-11-27). Up to 1 GiB in one piece stays with the process after this, and up to
+    2 GiB at the end of the heap, so that a process holds more than it needs. Larger pieces go back as before, and with other C
+    libraries all do.
 
-    To be called before threads allocate. Hosts of TPUs and GPUs, which allocate little more than checkpoints, are left alone.
+    To be called before threads allocate. Hosts of TPUs and GPUs, whose programs have their memory there, are left alone.
     """
     if hardware_utils.num_available_tpu_chips_and_device_id()[0] or hardware_utils.has_visible_nvidia_gpu():
         return False
