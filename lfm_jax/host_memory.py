@@ -14,9 +14,8 @@ def keep_freed_memory() -> bool:
 
     XLA allocates the temporary memory of a program anew each time that it runs. As it is, glibc takes more than 32 MiB (64 in a
     thread) from the kernel and gives it back, and the kernel clears every page again: a third of a small model's training step
-    (docs/log.md, 2026-11-27). Up to 1 GiB in one piece stays with the process after this, and up to
-    2 GiB at the end of the heap, so that a process holds more than it needs. Larger pieces go back as before, and with other C
-    libraries all do.
+    (docs/log.md, 2026-11-27). Up to 1 GiB in one piece stays with the process after this, and up to 2 GiB at the end of the heap,
+    so that a process holds more than it needs. Larger pieces go back as before, and with other C libraries all do.
 
     To be called before threads allocate. Hosts of TPUs and GPUs, whose programs have their memory there, are left alone.
     """

@@ -20,6 +20,7 @@ from experiments.doom_loop.figures import claims_of, markdown, plot, pooled
 from experiments.doom_loop.steps import ABLATIONS, CHAIN, changed, run_step
 from experiments.results import write_results
 from lfm_jax.configuration import ConfigError, nearest
+from lfm_jax.host_memory import keep_freed_memory
 
 # How the question, and then the answer, are written: as in the text that the model is pre-trained on.
 TEMPLATE = (
@@ -137,6 +138,7 @@ def _begin_process(count: Any, workdir: str) -> None:
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[number % len(cores)]})
+    keep_freed_memory()
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(workdir) / "programs"))
 
 
