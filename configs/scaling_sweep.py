@@ -44,7 +44,7 @@ def _whole() -> dict[str, Any]:
             _trunk(48, 3, 10, 1280, held_out=(1280,), apart=(20,)),
             *(_trunk(48, 3, 10, 160, seed=seed) for seed in (1, 2)),
             *(_trunk(48, 3, 20, 20, rate=rate) for rate in _RATES),
-            _trunk(64, 3, 10, 640, held_out=(640,)),
+            _trunk(64, 3, 10, 320, held_out=(320,)),
             _trunk(64, 6, 10, 160),
             *(_trunk(64, 6, 10, 10, rate=rate) for rate in _RATES),
             _trunk(96, 6, 5, 40),
@@ -52,7 +52,7 @@ def _whole() -> dict[str, Any]:
             _trunk(48, 3, 20, 80, attention_only=True),
             _trunk(64, 3, 20, 80, attention_only=True),
         ),
-        # Of each at least three sizes; those of 48x3 at M = 160 and 640 and of 64x3 at M = 640 lie in them.
+        # Of each at least three sizes; 48x3 at M = 160 and 640, 64x6 at M = 160 and 128x6 at M = 10 lie in them.
         "budgets": (6.2e12, 2.5e13, 8.3e13),
         "train_tokens": 104_000_000,
         "held_out_tokens": 1 << 18,
