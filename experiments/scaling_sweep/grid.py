@@ -185,7 +185,8 @@ def runs_of(
 
     Args:
       budgets: FLOPs, 6 N D, of IsoFLOP columns. Each trunk that laws are fitted to gets a branch more for each budget between its
-        least and its most, unless it has one of nearly that budget.
+        least and its most that is not held out, unless it has one of nearly that budget. Between the others and what is held out
+        it would make that easy to foresee.
 
     Raises:
       ValueError: two runs have the same name, or the schedule does not fit into the shortest.
@@ -221,10 +222,11 @@ def _runs_of_trunk(trunk: TrunkConfig, budgets: Sequence[float], base: pretrain.
 def _ends(trunk: TrunkConfig, budgets: Sequence[float], counts: Counts) -> list[tuple[str, float, float | None]]:
     """(name, M, budget) of the branches, by M."""
     ends = [(f"m{multiplier:g}", multiplier, None) for multiplier in trunk.multipliers]
+    most = max((each for each in trunk.multipliers if each not in trunk.held_out), default=0.0)
     for budget in budgets if trunk.fitted else ():
         multiplier = budget / (FLOPS_PER_PARAMETER_AND_TOKEN * counts.params**2)
         near = any(1 / COLUMN_WIDTH <= each / multiplier <= COLUMN_WIDTH for each in trunk.multipliers)
-        if min(trunk.multipliers) < multiplier < max(trunk.multipliers) and not near:
+        if min(trunk.multipliers) < multiplier < most and not near:
             ends.append((f"c{budget:g}", multiplier, budget))
     return sorted(ends, key=lambda end: end[1])
 

@@ -52,7 +52,7 @@ def test_the_sweep_has_the_sizes_columns_and_held_out_points_it_says():
     planned = plan(settings())
     ends = [each for each in planned.values() if each.multiplier is not None]
     assert sorted({each.counts.params for each in ends if each.trunk.fitted}) == [80528, 147296, 294528, 661408, 1174720]
-    assert [each.name for each in ends if each.held_out] == ["48x3/m1280", "64x3/m640", "128x6/m20"]
+    assert [each.name for each in ends if each.held_out] == ["48x3/m1280", "64x3/m320", "128x6/m20"]
     assert {each.multiplier for each in ends if each.fitted and each.budget is None} == {5, 10, 20, 40, 80, 160, 320, 640}
     assert {each.trunk.seed for each in ends if each.trunk.size == (48, 3)} == {0, 1, 2}
     for budget in settings().budgets:
@@ -121,6 +121,8 @@ def test_a_budget_near_a_column_that_is_there_makes_no_run_of_its_own():
     budgets = (budget(21), budget(40), budget(200), budget(5))
     found = runs_of((trunk,), budgets, config.pretrain, config.rules)
     assert [each.multiplier for each in found if each.budget] == pytest.approx([40])
+    held_out = dataclasses.replace(trunk, held_out=(80,))
+    assert not [each for each in runs_of((held_out,), budgets, config.pretrain, config.rules) if each.budget]
 
 
 @pytest.fixture(scope="module")

@@ -53,9 +53,9 @@ def test_the_law_that_made_the_points_is_found_and_foresees_what_was_held_out(pl
     found = fits.fit_laws(rows(planned), None, KNOWN, draws=2, seed=0)
     row = next(row for row in found if (row["law"], row["count"]) == ("chinchilla", "without_embedding"))
     assert row["constants"] == pytest.approx(LAW._asdict(), rel=2e-3) and row["E_minus_known"] == pytest.approx(0, abs=1e-3)
-    assert [each["name"] for each in row["held_out"]] == ["48x3/m1280", "64x3/m640", "128x6/m20"]
+    assert [each["name"] for each in row["held_out"]] == ["48x3/m1280", "64x3/m320", "128x6/m20"]
     assert max(abs(each["error_share"]) for each in row["held_out"]) < 1e-5
-    assert row["points"] == sum(each.fitted for each in planned) == 29
+    assert row["points"] == sum(each.fitted for each in planned) == 25
     assert row["optimal_exponent"] == pytest.approx(0.33 / 0.63, rel=1e-2)
     assert not any("within_noise" in each for row in found for each in row["held_out"])
 
@@ -65,9 +65,12 @@ def test_intervals_have_what_noise_does_and_miss_what_a_wrong_law_does(noisy):
     held_out = lambda law: next(
         row["held_out"] for row in found if (row["law"], row["count"]) == (law, "without_embedding")
     )
-    assert all(each["within_noise"] for each in held_out("chinchilla"))
+    # The ends of twelve draws are no sharp limits: an error may be twice as large by chance.
+    beyond = lambda each: abs(each["error_share"]) / max(-each["noise_low_95"], each["noise_high_95"])
+    assert max(map(beyond, held_out("chinchilla"))) < 2
     assert all(each["noise_low_95"] < 0 < each["noise_high_95"] < 0.01 for each in held_out("chinchilla"))
-    assert not any(each["within_noise"] for each in held_out("kaplan")), "it has no E, and cannot bend as these points do"
+    assert min(map(beyond, held_out("kaplan"))) > 2, "it has no E, and cannot bend as these points do"
+    assert not any(each["within_noise"] for each in held_out("kaplan"))
     row = next(row for row in found if row["law"] == "chinchilla_alpha_is_beta")
     low, high = row["intervals_95"]["E"]
     assert low < row["constants"]["E"] < high and row["draws"] == 12
@@ -88,7 +91,7 @@ def test_noise_is_told_apart_into_what_a_trunk_shares_and_what_is_a_runs_own(pla
 
 def test_optima_are_those_of_the_law(planned):
     """Parabolas through the columns of points that the law makes: nearly its own optimum."""
-    budgets = (6.2e12, 2.5e13, 8.3e13)
+    budgets = (6.2e12, 2.5e13, 4.15e13)
     found = {row["way"]: row for row in fits.optima(rows(planned), budgets)}
     for budget in budgets:
         row = found[f"IsoFLOP, {budget:.3g}"]
