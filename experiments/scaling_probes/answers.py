@@ -36,10 +36,11 @@ class QuestionsConfig:
     seed: int = 3
 
     def __post_init__(self):
-        if min(self.count, self.beginning, *self.symbols, *self.samples) < 1 or not self.symbols:
+        if self.count < 2:
+            raise ValueError(f"count must be at least 2, for the error of a mean, got {self.count}")
+        if min(self.beginning, *self.symbols, *self.samples) < 1 or not self.symbols:
             raise ValueError(
-                "count, beginning, symbols and samples must be at least 1, got "
-                f"{self.count}, {self.beginning}, {self.symbols} and {self.samples}"
+                f"beginning, symbols and samples must be at least 1, got {self.beginning}, {self.symbols} and {self.samples}"
             )
         if self.seed in (1, 2):
             raise ValueError(f"seed={self.seed} is that of the sweep's own text; take another")

@@ -8,11 +8,10 @@ import numpy as np
 from experiments.scaling_probes.answers import QuestionsConfig
 from experiments.scaling_sweep.grid import COLUMN_WIDTH
 from lfm_jax.scaling import FLOPS_PER_PARAMETER_AND_TOKEN, Points, interval, points, relative_errors
-from lfm_jax.scaling import chinchilla as of_chinchilla
 from lfm_jax.scaling.chinchilla import need_spread
 from lfm_jax.scaling.inference_aware import INFERENCE_FLOPS_PER_PARAMETER_AND_TOKEN
 from lfm_jax.scaling.precision import Degradation, fit_degradation
-from lfm_jax.scaling.train_to_test import TrainToTest, fit, fit_accuracy, task_loss
+from lfm_jax.scaling.train_to_test import TrainToTest, fit, fit_accuracy, fit_task_loss, task_loss
 
 Record = dict[str, Any]
 _POWER_CONSTANTS = 3  # of a power of N and of D
@@ -146,6 +145,7 @@ def _of_samples(records: Sequence[Record], symbols: int, config: QuestionsConfig
     for record in records:
         chances = _chances(record, symbols)
         one = {name: record["end"][name] for name in ("params", "tokens")} | {"one_sample": task_loss(chances, 1)}
+        one["error_of_one_sample"] = float(np.std(np.log(chances), ddof=1) / np.sqrt(len(chances)))
         rows += [
             one | {"samples": samples, "loss": task_loss(chances, samples), "accuracy": pass_rate(chances, samples)}
             for samples in config.samples
@@ -171,7 +171,8 @@ def _laws(fitted: list, held_out: list, seed: int) -> dict[str, Any]:
     need_spread(_points(once), _LEAST_LAW)
     law = fit(known, seed=seed)
     # Approach 2 knows an end by the loss that Chinchilla's law gives the task with one sample.
-    task = of_chinchilla.fit(points(column(once, "params"), column(once, "tokens"), column(once, "one_sample")))
+    task_points = points(column(once, "params"), column(once, "tokens"), column(once, "one_sample"))
+    task = fit_task_loss(task_points, column(once, "error_of_one_sample"))
     accuracy = fit_accuracy(task.predict(known), known.samples, column(fitted, "accuracy"))
 
     def errors(rows: list) -> dict[str, float]:

@@ -11,11 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, special
 
+from lfm_jax.scaling import chinchilla
+from lfm_jax.scaling.chinchilla import Chinchilla
 from lfm_jax.scaling.data_points import FLOPS_PER_PARAMETER_AND_TOKEN, Points
 from lfm_jax.scaling.fitting import fit_log_sum
 from lfm_jax.scaling.inference_aware import INFERENCE_FLOPS_PER_PARAMETER_AND_TOKEN
 
 _RESTARTS = 32  # the paper took 500
+_TASK_FLOORS = np.linspace(0.01, 0.95, 40)  # E tried, as shares of the least loss
 
 
 class TrainToTest(NamedTuple):
@@ -106,6 +109,43 @@ def fit(points: Points, *, seed: int = 0, near: TrainToTest | None = None) -> Tr
     found = fit_log_sum(terms, points.loss, starts, np.inf, on_loss=True)
     a, b, e, alpha, beta, g, gamma = found.theta.tolist()
     return TrainToTest(math.exp(e), math.exp(a), math.exp(b), alpha, beta, math.exp(g), gamma)
+
+
+def fit_task_loss(points: Points, deviations: np.ndarray) -> Chinchilla:
+    """Chinchilla's law of a task's loss with one sample, as approach 2 asks for it.
+
+    For each of the paper's 40 values of E the other constants by least squares, each point weighted by one over its variance; the
+    best of the 40. (That E keeps a value of the grid is how its words were read here.)
+
+    Args:
+      points: of the task's loss.
+      deviations: the standard error of each, [points]; only their ratios matter.
+
+    Raises:
+      ValueError: there are too few points, all have the same N or D, or a deviation is not above 0.
+    """
+    if np.min(deviations) <= 0:
+        raise ValueError(f"points are weighted by one over their variance, and one has a deviation of {np.min(deviations):g}")
+    log_params, log_tokens = np.log(points.params), np.log(points.tokens)
+    deviations = np.asarray(deviations, np.float64) / np.mean(deviations)
+
+    def terms(theta: np.ndarray) -> np.ndarray:
+        a, b, alpha, beta = theta
+        return np.exp([a - alpha * log_params, b - beta * log_tokens])
+
+    def slopes(theta: np.ndarray) -> np.ndarray:
+        of_params, of_tokens = terms(theta) / deviations
+        return np.stack([of_params, of_tokens, -of_params * log_params, -of_tokens * log_tokens], axis=1)
+
+    theta, best = chinchilla.to_theta(chinchilla.fit(points))[[0, 1, 3, 4]], None
+    for floor in _TASK_FLOORS[::-1] * points.loss.min():
+        residuals = lambda theta, floor=floor: (floor + terms(theta).sum(axis=0) - points.loss) / deviations
+        found = optimize.least_squares(residuals, theta, jac=slopes, x_scale="jac", ftol=1e-14, xtol=1e-12, gtol=1e-14)
+        theta = found.x  # where the next, lower E begins
+        if best is None or found.cost < best[0]:
+            best = found.cost, floor, theta
+    _, floor, (a, b, alpha, beta) = best
+    return Chinchilla(float(floor), math.exp(a), math.exp(b), float(alpha), float(beta))
 
 
 def fit_accuracy(loss: np.ndarray, samples: np.ndarray, accuracy: np.ndarray) -> SampledAccuracy:

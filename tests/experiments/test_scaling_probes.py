@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from etils import epath
+from scipy import stats
 
 import run
 from data_pipelines.sources.known_entropy import KnownEntropyConfig, KnownEntropySource
@@ -65,6 +66,7 @@ def probes_of(sweep, **changes):
 CODE = """
 import json, pathlib, sys
 from etils import epath
+from scipy import stats
 from experiments import scaling_probes
 from experiments.scaling_sweep import Config, carry_out, prepare_text, runs_of
 from lfm_jax.configuration import from_mapping
@@ -313,7 +315,7 @@ GRID = [(params, multiplier) for params in (1e5, 2e5, 4e5, 8e5) for multiplier i
 SAMPLES = (1, 4, 16)
 
 
-def made(added=lambda probe, params, tokens: 0.1, chances=lambda params, tokens: [0.5], held_out=()):
+def made(added=lambda probe, params, tokens: 0.1, chances=lambda params, tokens: [0.4, 0.6], held_out=()):
     """Records of a grid of ends."""
     records = []
     for params, multiplier in GRID:
@@ -383,7 +385,7 @@ def test_roberts_law_comes_back_and_foresees_what_was_held_out():
         return [
             one(record)
             | {"samples": k, "loss": known[record["end"]["name"], k], "one_sample": known[record["end"]["name"], 1]}
-            | {"accuracy": math.exp(-known[record["end"]["name"], k])}
+            | {"accuracy": math.exp(-known[record["end"]["name"], k]), "error_of_one_sample": 0.1}
             for record in records
             for k in config.samples
         ]
@@ -419,6 +421,14 @@ def test_the_best_size_is_that_of_least_loss_with_the_samples_it_can_pay():
     assert by_law["by_law"] == {"params": params, "multiplier": tokens / params, "samples": samples}
 
 
+def test_a_tasks_loss_has_the_error_of_its_questions():
+    config = QuestionsConfig(symbols=(1,), samples=(1,))
+    row = fits._of_samples(made(chances=lambda params, tokens: [0.1, 0.2, 0.4]), 1, config)[0]
+    losses = [-math.log(chance) for chance in (0.1, 0.2, 0.4)]
+    assert row["loss"] == row["one_sample"] == pytest.approx(np.mean(losses))
+    assert row["error_of_one_sample"] == pytest.approx(stats.sem(losses))
+
+
 def test_no_ends_to_fit_are_said():
     (row,) = fits.answer_laws(made(held_out=GRID), QuestionsConfig(symbols=(1,), samples=SAMPLES), seed=0)
     assert row["not_fitted"] == "none of the ends that laws are fitted to is done"
@@ -432,7 +442,8 @@ def test_no_ends_to_fit_are_said():
         (lambda: Config(sweep="", noise_draws=0), "noise_draws must be at least 1, got 0"),
         (lambda: FineTuningConfig(rates=(0.0,)), "tokens, rows and rates must be above 0"),
         (lambda: FineTuningConfig(warmup_share=0.5), r"warmup_share must be in \[0, 0.5\), got 0.5"),
-        (lambda: QuestionsConfig(count=0), "count, beginning, symbols and samples must be at least 1, got 0"),
+        (lambda: QuestionsConfig(samples=(0,)), "beginning, symbols and samples must be at least 1, got 8"),
+        (lambda: QuestionsConfig(count=1), "count must be at least 2, for the error of a mean, got 1"),
         (lambda: QuestionsConfig(seed=2), "seed=2 is that of the sweep's own text"),
     ],
 )

@@ -82,6 +82,26 @@ def test_the_fit_on_l_is_that_of_scipys_least_squares():
     assert ((ours.predict(made) - made.loss) ** 2).sum() == pytest.approx(2 * theirs.cost, rel=1e-6)
 
 
+def test_the_law_of_a_tasks_loss_is_that_of_scipys_weighted_curve_fit():
+    """At the best of the 40 values of E, and no other is better."""
+    made = grid(TRUE, noise=0.01)
+    deviations = np.random.default_rng(3).uniform(0.5, 5.0, len(made))
+    ours = train_to_test.fit_task_loss(made, deviations)
+
+    def theirs(floor):
+        law = lambda x, *theta: floor + np.exp(theta[0] - theta[2] * x[0]) + np.exp(theta[1] - theta[3] * x[1])
+        x, start = np.log([made.params, made.tokens]), chinchilla.to_theta(TRUE)[[0, 1, 3, 4]]
+        theta, _, found, *_ = optimize.curve_fit(law, x, made.loss, start, sigma=deviations, full_output=True)
+        return (found["fvec"] ** 2).sum(), theta
+
+    floors = np.linspace(0.01, 0.95, 40) * made.loss.min()
+    costs, constants = zip(*map(theirs, floors), strict=True)
+    best = int(np.argmin(costs))
+    assert 0 < best < 39 and ours.E == pytest.approx(floors[best])
+    np.testing.assert_allclose(chinchilla.to_theta(ours)[[0, 1, 3, 4]], constants[best], rtol=1e-4)
+    assert train_to_test.fit_task_loss(made, np.ones(len(made))) != ours
+
+
 def test_gadres_fit_is_that_of_scipys_curve_fit():
     """Which is how the authors' code fits it: five points, from a start near the minimum."""
     made = grid(overtraining.RED_PAJAMA, noise=0.01).take(np.array([0, 3, 17, 30, 45]))
@@ -188,6 +208,7 @@ def test_errors_on_points_that_were_not_fitted_have_their_sign():
         (lambda: overtraining.fit_error([2.0, 3.0], [0.5, 0.6]), "three constants and needs as many models, got 2"),
         (lambda: repeated_data.fit(grid(TRUE), TRUE), "only to points with unique_tokens below tokens"),
         (lambda: train_to_test.fit(grid(TRUE)), "only to points with different numbers of samples"),
+        (lambda: train_to_test.fit_task_loss(grid(TRUE), np.zeros(48)), "one has a deviation of 0"),
         (lambda: train_to_test.fit_accuracy([1.0], [1], [0.5]), "five constants and needs as many runs, got 1"),
         (lambda: distillation.fit_distilled(grid(TRUE)), "points with teacher_loss, and these have none"),
         (lambda: precision.fit_degradation(grid(TRUE)), "points with weight_bits, and these have none"),
