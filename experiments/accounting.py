@@ -1,4 +1,4 @@
-"""A run whose time is accounted for, from the start of its process to its figures."""
+"""A run whose time is accounted for, from the start of its process, or the end of the run before it there, to its figures."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from etils import epath
 
 from experiments.results import write_results
 from lfm_jax.configuration import ConfigError
-from lfm_jax.training.goodput import Ledger, process_age, summary, table
+from lfm_jax.training.goodput import Ledger, summary, table, uncounted_seconds
 
 
 def run_accounted(config: Any, workdir: epath.Path, run: Callable[[Ledger], dict[str, Any]]) -> None:
@@ -16,7 +16,7 @@ def run_accounted(config: Any, workdir: epath.Path, run: Callable[[Ledger], dict
 
     It is said of a run that is stopped or fails, too, but for a mistake in its settings.
     """
-    with Ledger(workdir, writes=jax.process_index() == 0, age=process_age()) as ledger:
+    with Ledger(workdir, writes=jax.process_index() == 0, age=uncounted_seconds()) as ledger:
         try:
             figures = run(ledger)
         except ConfigError:

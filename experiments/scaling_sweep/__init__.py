@@ -30,7 +30,8 @@ class Config:
     processes: runs worked on at a time, each by a process that keeps to one core; 1: one after the other, on all cores.
     draws: of losses with the noise of seeds, for the intervals. seed: of these.
     folder: where text and runs are; None: the workdir. only: a trunk's name: its runs are carried out, and nothing is fitted.
-    recorded: a runs.jsonl of this sweep from elsewhere; what is done by it is not done here.
+    recorded: a runs.jsonl of this sweep from elsewhere; what is done by it is not done here, but for pieces of a trunk of which
+      other runs are not done.
     render: jobs are written, one for each trunk, and no run is carried out; the text is, which all of them read.
     """
 

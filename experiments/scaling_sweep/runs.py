@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple
@@ -169,14 +170,15 @@ def carry_out(
     Args:
       folder: of text and runs. workdir: of the manifest.
       attempts: as often a run is tried that ends in an error, over all calls; a process that was told to stop has not failed.
-      processes: worked on at a time, each by a process that keeps to one core; 1: in this process, where an error ends it all.
-      recorded: what was done elsewhere.
+      processes: worked on at a time, each by a process that keeps to one core; 1: one after the other in this process.
+      recorded: what was done elsewhere; from a piece of it, whose checkpoint is not here, nothing can start.
 
     Raises:
       ConfigError: a run's folder holds one with other settings.
     """
     for run in runs:
         _refuse_other(folder / RUNS / run.name, to_mapping(_config_of(run, folder)))
+    recorded = _not_needed_here(runs, folder, recorded or {})
     work = {run.name: run.own_tokens * run.counts.flops_per_token for run in runs}
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn()
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
@@ -195,11 +197,33 @@ def carry_out(
             say = lambda text: progress.console.print(Text(text), soft_wrap=True)
             return _in_processes(runs, folder, processes, report, say)
         for run in runs:
-            if report([run])[run.name].state == "done":
-                continue
-            run_one(run, folder)
-            jax.clear_caches()  # of programs that no other run has
+            while report([run])[run.name].state == "running":
+                _try(run, folder)
+                jax.clear_caches()  # of programs that no other run has
         return report([])
+
+
+def _not_needed_here(runs: Sequence[Run], folder: epath.Path, recorded: Mapping[str, Status]) -> dict[str, Status]:
+    """What was done elsewhere, less the pieces of trunks that a run that is not done, or such a piece itself, starts from."""
+    kept = dict(recorded)
+    is_here = lambda name: (folder / RUNS / name / FILE).exists()
+    for run in reversed(runs):
+        if run.parent in kept and run.name not in kept and not is_here(run.name) and not is_here(run.parent):
+            del kept[run.parent]
+    return kept
+
+
+def _try(run: Run, folder: epath.Path) -> None:
+    """Carries out a run in this process; an error is noted and shown, and is not the end of the others."""
+    began = time.monotonic()
+    try:
+        run_one(run, folder)
+    except ConfigError:
+        raise
+    except Exception as error:
+        said = "".join(traceback.format_exception(error))
+        print(f"{said}{run.name} failed; the others go on", file=sys.stderr, flush=True)
+        _note_failure(folder / RUNS / run.name, 1, time.monotonic() - began, said)
 
 
 def _in_processes(
@@ -231,20 +255,21 @@ def _in_processes(
             if (place / FILE).exists():
                 say(f"{run.name}: {seconds:.0f} seconds")
             elif process.exitcode != EXIT_INTERRUPTED:
-                _note_failure(place, process.exitcode, seconds)
-                say(f"{run.name}: failed with exit code {process.exitcode} after {seconds:.0f} seconds; {place / LOG} says why")
+                log = place / LOG
+                said = log.read_bytes().decode(errors="replace") if log.exists() else ""
+                _note_failure(place, process.exitcode, seconds, said)
+                say(f"{run.name}: failed with exit code {process.exitcode} after {seconds:.0f} seconds; {log} says why")
 
 
 def _is_ready(run: Run, found: dict[str, Status]) -> bool:
     return found[run.name].state == "waiting" and (run.parent is None or found[run.parent].state == "done")
 
 
-def _note_failure(place: epath.Path, exit_code: int | None, seconds: float) -> None:
-    path, log = place / _ATTEMPTS, place / LOG
+def _note_failure(place: epath.Path, exit_code: int | None, seconds: float, said: str) -> None:
+    path = place / _ATTEMPTS
     failures = json.loads(path.read_text()) if path.exists() else []
-    said = log.read_bytes().decode(errors="replace")[-_LOG_CHARACTERS:] if log.exists() else ""
     place.mkdir(parents=True, exist_ok=True)
-    write_json(path, [*failures, {"exit_code": exit_code, "seconds": seconds, "log_end": said}])
+    write_json(path, [*failures, {"exit_code": exit_code, "seconds": seconds, "log_end": said[-_LOG_CHARACTERS:]}])
 
 
 def _work(run: Run, folder: str, number: int) -> None:

@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 from etils import epath
@@ -73,12 +73,14 @@ class Ledger:
     for one thread, the one that makes it. An end without an error finishes the run: what comes after is no time of the run.
     """
 
+    last_closed: ClassVar[float | None] = None  # of this process, by its monotonic clock
+
     def __init__(self, workdir: epath.PathLike, *, writes: bool = True, age: float = 0.0):
         """Goes on with the ledger in `workdir`, an existing folder.
 
         Args:
           writes: whether the file is written; of several processes, one has to.
-          age: seconds that this process had been running before (see `process_age`); they are of the kind "start".
+          age: seconds of this process before (see `uncounted_seconds`); they are of the kind "start".
         """
         self._path = epath.Path(workdir) / FILE
         self._earlier = _read(self._path)
@@ -173,6 +175,7 @@ class Ledger:
         """Writes the file for the last time."""
         if not self._closed.is_set():
             self._closed.set()
+            Ledger.last_closed = time.monotonic()
             jax.monitoring.unregister_event_duration_listener(self._heard)
             if self._writes:
                 self.write()
@@ -253,8 +256,13 @@ def summary(seconds: dict[str, float]) -> str:
     return f"of {math.fsum(seconds.values()):,.0f} seconds, all starts of the run together: {shares}"
 
 
-def process_age() -> float:
-    """Seconds since this process began; 0 where the system does not say. Linux does, to a hundredth of a second."""
+def uncounted_seconds() -> float:
+    """Of this process, in no ledger: since its last one was closed, or since it began.
+
+    The latter is 0 where the system does not say; Linux does, to a hundredth of a second.
+    """
+    if Ledger.last_closed is not None:
+        return time.monotonic() - Ledger.last_closed
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # field 22 of proc(5), starttime
     except OSError:

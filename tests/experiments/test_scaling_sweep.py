@@ -40,7 +40,7 @@ def tiny(**changes):
     """One trunk of one layer, in this process."""
     config = settings(":quick")
     model = dataclasses.replace(config.pretrain.model, layer_types=("conv",))
-    trunk = TrunkConfig(embed_dim=8, layers=1, multipliers=(20, 40), apart=(20,))
+    trunk = TrunkConfig(embed_dim=8, layers=1, multipliers=(20.0, 40.0), apart=(20.0,))
     given = {
         "pretrain": dataclasses.replace(config.pretrain, model=model), "trunks": (trunk,), "processes": 1, "draws": 2,
         "rules": RulesConfig(batch_exponent=0.0), "train_tokens": 30_000, "held_out_tokens": 500,
@@ -282,6 +282,46 @@ def test_failed_runs_are_tried_again_marked_and_in_no_fit(tmp_path, monkeypatch)
     assert len(tried("8x1-seed2/m20")) == 2, "it was told to stop once, which is no failure"
     again = runs.statuses(planned, folder, attempts=2)
     assert [again[each.name].state for each in planned] == ["waiting"] * 3 + ["done"], "unless more attempts are allowed"
+
+
+def test_in_one_process_a_failed_run_is_not_the_end_of_the_others(tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def fake(each, folder):
+        tried.append(each.name)
+        if each.trunk.seed == 1:
+            raise OSError("x" * 5000 + "the disk is full")
+        (folder / "runs" / each.name).mkdir(parents=True)
+        (folder / "runs" / each.name / "results.json").write_text(json.dumps(FIGURES))
+
+    monkeypatch.setattr(runs, "run_one", fake)
+    config = tiny(trunks=tuple(TrunkConfig(embed_dim=8, layers=1, multipliers=(20, 40), seed=seed) for seed in (1, 2)))
+    planned, folder = list(plan(config).values()), epath.Path(tmp_path)
+    found = carry_out(planned, folder, folder, attempts=2, processes=1)
+    assert [found[each.name].state for each in planned] == ["failed", "blocked", "blocked", "done", "done", "done"]
+    assert tried == [planned[0].name, *(each.name for each in (planned[0], *planned[3:]))]
+    assert found[planned[0].name].attempts[1]["log_end"].endswith("the disk is full\n")
+    assert "the disk is full" in capsys.readouterr().err
+    monkeypatch.setattr(runs, "run_one", lambda run, folder: (_ for _ in ()).throw(ConfigError("a mistake")))
+    with pytest.raises(ConfigError, match="a mistake"):
+        carry_out(planned, folder, folder, attempts=3, processes=1)
+
+
+def test_a_piece_that_was_done_elsewhere_is_done_again_where_a_run_starts_from_it(tmp_path):
+    config = tiny(trunks=tuple(TrunkConfig(embed_dim=8, layers=1, multipliers=(20, 40, 80), seed=seed) for seed in (0, 1)))
+    planned, folder = list(plan(config).values()), epath.Path(tmp_path)
+    of_seed = lambda seed: [each for each in planned if each.trunk.seed == seed]
+    done = runs.Status("done", [], 4.0, 1.0)
+    last = next(each for each in of_seed(0) if each.multiplier == 80)
+    recorded = {each.name: done for each in planned if each is not last}
+    pieces = [each.name for each in of_seed(0) if each.multiplier is None]
+    assert len(pieces) == 2
+    needed = runs._not_needed_here(planned, folder, recorded)
+    assert set(recorded) - set(needed) == set(pieces)
+    (folder / "runs" / pieces[0]).mkdir(parents=True)
+    (folder / "runs" / pieces[0] / "results.json").write_text("{}")
+    needed = runs._not_needed_here(planned, folder, recorded)
+    assert set(recorded) - set(needed) == {pieces[1]}, "the first is here"
 
 
 @pytest.mark.parametrize(

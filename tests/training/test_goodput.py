@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfm_jax.training import goodput
-from lfm_jax.training.goodput import KINDS, SPENT, GoodputWarning, Ledger, process_age, read_seconds, table
+from lfm_jax.training.goodput import KINDS, SPENT, GoodputWarning, Ledger, read_seconds, table, uncounted_seconds
 
 
 class Clock:
@@ -432,12 +432,24 @@ def test_a_killed_process_has_written_what_it_did_meanwhile(tmp_path):
 
 def test_the_age_of_a_process_is_from_its_start():
     before = time.clock_gettime(time.CLOCK_BOOTTIME)
-    code = "import time; from lfm_jax.training.goodput import process_age as age; print(age(), time.clock_gettime(7))"
+    code = "import time; from lfm_jax.training.goodput import uncounted_seconds as age; print(age(), time.clock_gettime(7))"
     age, now = map(float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split())
     imports = 0.05  # jax alone takes longer
     assert imports < age <= now - before + 0.02  # it is counted in ticks
 
 
-def test_where_the_system_does_not_say_the_age_is_none():
+def test_where_the_system_does_not_say_the_age_is_none(monkeypatch):
+    monkeypatch.setattr(Ledger, "last_closed", None)
     with mock.patch.object(goodput, "Path", side_effect=FileNotFoundError):
-        assert process_age() == 0.0
+        assert uncounted_seconds() == 0.0
+
+
+def test_of_runs_one_after_the_other_in_a_process_no_second_counts_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(Ledger, "last_closed", None)
+    alone, (first, second) = uncounted_seconds(), (tmp_path / name for name in ("first", "second"))
+    for folder in (first, second):
+        folder.mkdir()
+        with Ledger(folder, age=uncounted_seconds()):
+            time.sleep(0.05)
+    assert read_seconds(first)["start"] >= alone
+    assert read_seconds(second)["start"] < 0.05
