@@ -17,7 +17,8 @@ class Config:
     data: the folder with `chinchilla` and `overtraining`, None where there is none. points: a file of one's own points, fitted
     instead (`lfm_jax.scaling.read_points` says what is in it).
     resamples: of the bootstrap. noise_draws: how often the five points of Gadre et al. are fitted with noise, for each amount.
-    held_out_share: of one's own points, those of the most FLOPs are held out. seed: of resamples and noise.
+    held_out_share: of one's own points, those of the most FLOPs are held out, where no line of the file says that it is.
+    seed: of resamples and noise.
     """
 
     data: str | None = None
@@ -56,11 +57,11 @@ def main(config: Config, workdir: epath.Path) -> None:
 
 def _own(config: Config, console: Any) -> dict[str, Any]:
     from experiments.scaling_fit import own_points, tables
-    from lfm_jax.scaling import read_points
+    from lfm_jax.scaling import read_held_out, read_points
 
     with mistakes_in("points"), console.status("fitting"):
-        points = read_points(config.points)
-        laws = own_points.study(points, config.resamples, config.seed, config.held_out_share)
+        points, unseen = read_points(config.points), read_held_out(config.points)
+        laws = own_points.study(points, config.resamples, config.seed, config.held_out_share, unseen)
     for table in tables.own(laws):
         console.print(table)
     return {"points": len(points), "laws": laws}

@@ -27,8 +27,12 @@ def own(laws: list[dict[str, Any]]) -> list[Table]:
     """A table for each law fitted to one's own points."""
     tables = []
     for law in laws:
-        held_out = law.get("held_out_error_share")
-        unseen = "" if held_out is None else f", {held_out:.2%} on {law['held_out_points']} points of more compute, held out"
+        if "not_fitted" in law:
+            tables.append(Table(title=f"{law['law']}: not fitted, {law['not_fitted']}"))
+            continue
+        held_out, why = law.get("held_out_error_share"), law.get("held_out_not_fitted")
+        unseen = "" if held_out is None else f", {held_out:.2%} on {law['held_out_points']} points that were held out"
+        unseen += "" if why is None else f"; not fitted {why}"
         table = Table(title=f"{law['law']}: mean error {law['fitted_error_share']:.2%} of {law['points']} points{unseen}")
         table.add_column("constant")
         for name in ("value", "95 % from", "to"):

@@ -70,22 +70,52 @@ def points(params, tokens, loss, **others) -> Points:
 def read_points(path: epath.PathLike) -> Points:
     """Reads points of one's own: `.jsonl` with an object a line, or `.csv` with a header.
 
-    Both name params, tokens and loss, and what else `Points` has where the law needs it; other columns are left alone.
+    Both name params, tokens and loss, and what else `Points` has where the law needs it; where only some lines have unique_tokens
+    the others repeat nothing. Lines with `held_out` true, or `fitted` false (a seed or a rate more), are left out, as are other
+    columns.
 
     Raises:
-      ValueError: the file is of another kind, has no points, or a line lacks a column or a number there; the text says which.
+      ValueError: the file is of another kind, has no points to fit, or a line lacks a column or a number there, and which.
     """
+    rows = [(number, row) for number, row in _rows(path) if not _is(row, "held_out") and _is(row, "fitted", otherwise=True)]
+    if not rows:
+        raise ValueError(f"{path} has no points that laws are fitted to")
+    return _points(path, rows)
+
+
+def read_held_out(path: epath.PathLike) -> Points | None:
+    """The points of such a file that were kept from every fit, those with `held_out` true; None where no line says so.
+
+    Raises:
+      ValueError: as `read_points`.
+    """
+    rows = [(number, row) for number, row in _rows(path) if _is(row, "held_out")]
+    return _points(path, rows) if rows else None
+
+
+def _rows(path: epath.PathLike) -> list[tuple[int, dict]]:
     path = epath.Path(path)
     if path.suffix not in (".jsonl", ".csv"):
         raise ValueError(f"{path} must be .jsonl (an object a line) or .csv (with a header)")
     rows = list(_lines(path))
     if not rows:
         raise ValueError(f"{path} has no points")
-    names = _REQUIRED + tuple(name for name in _OPTIONAL if name in rows[0][1])
+    return rows
+
+
+def _is(row: dict, name: str, otherwise: bool = False) -> bool:
+    value = row.get(name)
+    return otherwise if value in (None, "") else str(value).lower() in ("true", "1")
+
+
+def _points(path: epath.PathLike, rows: list[tuple[int, dict]]) -> Points:
+    names = _REQUIRED + tuple(name for name in _OPTIONAL if any(row.get(name) not in (None, "") for _, row in rows))
     columns: dict[str, list[float]] = {name: [] for name in names}
     for number, row in rows:
+        if row.get("unique_tokens") in (None, ""):
+            row = row | {"unique_tokens": row.get("tokens")}
         for name in names:
-            columns[name].append(_number(row, name, f"{path}:{number}"))
+            columns[name].append(_number(row, name, f"{os.fspath(path)}:{number}"))
     return points(**columns)
 
 
@@ -106,7 +136,7 @@ def _lines(path: epath.Path) -> Iterator[tuple[int, dict]]:
 
 
 def _number(row: dict, name: str, where: str) -> float:
-    if row.get(name) is None:
+    if row.get(name) in (None, ""):
         raise ValueError(f"{where} has no {name}; a point needs {', '.join(_REQUIRED)}, and what other lines of the file have")
     try:
         value = float(row[name])

@@ -18,7 +18,8 @@ from experiments.scaling_fit import (
 )
 from experiments.scaling_fit.published_data import NEEDED
 from lfm_jax.configuration import ConfigError
-from lfm_jax.scaling import chinchilla, huber_objective, points, repeated_data
+from lfm_jax.scaling import chinchilla, distillation, huber_objective, points, repeated_data
+from lfm_jax.scaling.precision import Degradation
 from lfm_jax.scaling.repeated_data import RepeatedData
 from lfm_jax.scaling.train_to_test import TrainToTest
 
@@ -225,6 +226,53 @@ def test_points_held_out_are_not_fitted():
     assert row["held_out_points"] == most.sum() == 4
     assert row["held_out_error_share"] == pytest.approx(1 - 1 / 1.1, rel=1e-3)
     assert "intervals_95" not in row
+
+
+def test_what_was_held_out_beforehand_is_foreseen_by_all_the_others():
+    law = chinchilla.Chinchilla(1.0, 15.0, 30.0, 0.3, 0.3)
+    params, multiplier = (axis.ravel() for axis in np.meshgrid(np.geomspace(1e5, 3e6, 5), (5.0, 20.0, 80.0, 320.0)))
+    made = points(params, multiplier * params, law.loss(params, multiplier * params))
+    unseen = points([1e5, 3e6], 1e8, 1.1 * law.loss(np.array([1e5, 3e6]), 1e8))
+    row = own_points.study(made, 0, 0, 0.2, unseen)[0]
+    assert (row["points"], row["held_out_points"]) == (20, 2)
+    assert row["held_out_error_share"] == pytest.approx(1 - 1 / 1.1, rel=1e-3)
+
+
+def test_a_law_that_cannot_be_fitted_is_not_the_end_of_the_others(capsys):
+    """Four points are enough where alpha is beta; of five, four are left when one is held out."""
+    law = chinchilla.Chinchilla(1.0, 15.0, 30.0, 0.3, 0.3)
+    params, tokens = np.array([1e5, 1e5, 1e6, 1e6, 3e6]), np.array([1e6, 1e7, 1e7, 1e8, 1e9])
+    made = points(params, tokens, law.loss(params, tokens))
+    rows = {row["law"]: row for row in own_points.study(made.take(np.arange(4)), 0, 0, 0.0)}
+    assert rows["chinchilla"]["not_fitted"] == "5 constants need at least as many points, got 4"
+    assert rows["chinchilla_alpha_is_beta"]["constants"]["alpha"] == pytest.approx(0.3, rel=1e-2)
+    row = own_points.study(made, 0, 0, 0.2)[0]
+    assert row["held_out_points"] == 1 and row["constants"]["alpha"] > 0
+    assert row["held_out_not_fitted"].startswith("to the 4 points that are not held out: 5 constants need")
+
+
+def test_there_is_no_optimum_where_larger_models_are_worse():
+    """alpha is below zero then, and the optimum no real number."""
+    params, multiplier = (axis.ravel() for axis in np.meshgrid(np.geomspace(1e5, 3e6, 4), (5.0, 20.0, 80.0)))
+    worse = points(params, multiplier * 1e6, 2.0 + 0.1 * (params / 1e6) ** 0.3 + (multiplier * 1e6) ** -0.1)
+    row = next(row for row in own_points.study(worse, 0, 0, 0.0) if row["law"] == "chinchilla")
+    assert row["constants"]["alpha"] < 0 and "optimum_of_most_flops" not in row
+
+
+@pytest.mark.parametrize(
+    ("law", "name", "values"),
+    [
+        (distillation.DISTILLED._replace(A=2000.0), "teacher_loss", (1.6, 2.2)),
+        (Degradation(0.1, 0.45, 0.3, 0.7), "weight_bits", (3, 6)),
+    ],
+)
+def test_teachers_and_bits_have_laws_of_their_own(law, name, values):
+    params, multiplier = (axis.ravel() for axis in np.meshgrid(np.geomspace(1e7, 1e9, 6), np.geomspace(5, 600, 8)))
+    more = {name: np.resize(np.linspace(*values, 5), len(params))}
+    bare = points(params, params * multiplier, 1.0, **more)
+    (row,) = own_points.study(points(params, params * multiplier, law.predict(bare), **more), 0, 0, 0.0)
+    assert row["law"] == {"teacher_loss": "distillation", "weight_bits": "precision"}[name]
+    assert list(row["constants"].values()) == pytest.approx(list(law), rel=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["samples", "unique"])

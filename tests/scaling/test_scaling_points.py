@@ -1,11 +1,12 @@
 """Points of one's own: what is read, how FLOPs are counted, and what is refused."""
 
+import json
 import re
 
 import numpy as np
 import pytest
 
-from lfm_jax.scaling import points, read_points
+from lfm_jax.scaling import points, read_held_out, read_points
 
 
 def test_jsonl_and_csv_give_the_same_points(tmp_path):
@@ -28,6 +29,28 @@ def test_other_variables_are_read_where_the_file_has_them(tmp_path):
     assert [float(value[0]) for value in (found.unique_tokens, found.samples, found.teacher_loss, found.weight_bits)] == [
         1e7, 4.0, 2.5, 6.0,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["runs.jsonl", "runs.csv"])
+def test_what_a_line_says_of_fits_and_of_repetition_is_heeded(tmp_path, name):
+    """The first line repeats nothing and says nothing of it; one is a seed more, one was held out."""
+    rows = [
+        {"params": 1e6, "tokens": 1e7, "loss": 4.0},
+        {"params": 1e6, "tokens": 2e7, "loss": 3.5, "unique_tokens": 1e7, "fitted": True, "held_out": False},
+        {"params": 1e6, "tokens": 2e7, "loss": 3.6, "fitted": False},
+        {"params": 2e6, "tokens": 4e7, "loss": 3.0, "unique_tokens": 3e7, "fitted": False, "held_out": True},
+    ]
+    columns = list(rows[1])
+    text = {
+        "runs.jsonl": "\n".join(map(json.dumps, rows)),
+        "runs.csv": "\n".join([",".join(columns), *(",".join(str(row.get(each, "")) for each in columns) for row in rows)]),
+    }
+    (tmp_path / name).write_text(text[name])
+    fitted, held_out = read_points(tmp_path / name), read_held_out(tmp_path / name)
+    assert (fitted.loss.tolist(), fitted.unique_tokens.tolist()) == ([4.0, 3.5], [1e7, 1e7])
+    assert (held_out.loss.tolist(), held_out.unique_tokens.tolist()) == ([3.0], [3e7])
+    (tmp_path / name).write_text("\n".join(text[name].splitlines()[: 2 if name == "runs.csv" else 1]))
+    assert read_held_out(tmp_path / name) is None
 
 
 def test_flops_are_six_for_each_parameter_and_token():
@@ -63,6 +86,7 @@ def test_there_are_no_more_unique_tokens_than_tokens():
     [
         ("runs.txt", "", "must be .jsonl (an object a line) or .csv (with a header)"),
         ("runs.csv", "params,tokens,loss\n", "runs.csv has no points"),
+        ("runs.csv", "params,tokens,loss,fitted\n1,2,3,False\n", "runs.csv has no points that laws are fitted to"),
         ("runs.jsonl", '{"params": 1}\n{"params": 1', "runs.jsonl:2 is no JSON"),
         ("runs.jsonl", "[1, 2, 3]", "runs.jsonl:1: expected an object with params, tokens and loss, got [1, 2, 3]"),
         ("runs.csv", "params,tokens\n1,2\n", "runs.csv:2 has no loss; a point needs params, tokens, loss"),
