@@ -5,8 +5,9 @@
 Compiles the real training step for the slice, estimates its time from the compiled program, tries meshes, micro-batches and
 rematerialisation, and recommends the fastest that fits. Where a context leaves fewer rows than devices, as 32,768 does
 (`--config.seq_lens=32768`), sequences are split over as few devices as use them all. Batch and tokens are those of
-`configs/pretrain.py`. Every time is an estimate. Needs libtpu; one compilation of lfm2_350m takes one to three minutes on 2
-cores, and what is compiled stays in the workdir. The recorded run is docs/benchmarks/pod_plan.md. Other arguments:
+`configs/pretrain.py`, but for lfm2_350m's, 28T as LFM2.5-350M's. Every time is an estimate. Needs libtpu; one compilation of
+lfm2_350m takes one to three minutes on 2 cores, and what is compiled stays in the workdir. The recorded run is
+docs/benchmarks/pod_plan.md. Other arguments:
 
     python run.py --config=configs/pod_plan.py:all --workdir=workdirs/pod_plan_all
     python run.py --config=configs/pod_plan.py:scale --workdir=workdirs/pod_plan_scale

@@ -18,8 +18,8 @@ class Config:
     """data: the folder with `chinchilla` and `overtraining`; None: the recorded constants and resamples of the laws are taken.
 
     recorded: the folder with those, and with the runs of one's own sweep; None for the one beside this file.
-    resamples, own_resamples: of the bootstrap, of the published runs and of one's own. seed: of both. costs: of training and of
-    devices.
+    resamples, own_resamples: of the bootstrap, of the published runs (without data the recorded ones are taken) and of one's own.
+    seed: of both. costs: of training and of devices.
     """
 
     data: str | None = None

@@ -142,9 +142,9 @@ def equals(laws: Sequence[StudyLaw], params: float, tokens: float, costs: Costs)
         "multiplier": lambda law: optimum(law)[1] / optimum(law)[0],
         "training_ratio": lambda law: spent / least_flops(law, law.loss(params, tokens)),
         "params_ratio": lambda law: optimum(law)[0] / params,
-        "break_even_tokens": lambda law: break_even(params, tokens, *optimum(law)),
+        "break_even_tokens": lambda law: break_even(params, tokens, *optimum(law), costs.served),
         "break_even_tokens_on_devices": lambda law: break_even(params, tokens, *optimum(law), on_devices),
-        "implied_demand": lambda law: implied_demand(law, params, tokens),
+        "implied_demand": lambda law: implied_demand(law, params, tokens, costs.served),
         "implied_demand_on_devices": lambda law: implied_demand(law, params, tokens, on_devices),
     }
     return [

@@ -53,10 +53,9 @@ class Costs:
 
     @property
     def served(self) -> Prices:
-        """FLOPs over the shares of the peak that training and serving reach: chip time, where both run on the same chips."""
-        return Prices(
-            FLOPS_PER_PARAMETER_AND_TOKEN / self.mfu_share, INFERENCE_FLOPS_PER_PARAMETER_AND_TOKEN / self.inference_mfu_share
-        )
+        """In FLOPs of training: those of serving are dearer by as much as they reach less of the peak, on the same chips."""
+        dearer = self.mfu_share / self.inference_mfu_share
+        return Prices(FLOPS_PER_PARAMETER_AND_TOKEN, INFERENCE_FLOPS_PER_PARAMETER_AND_TOKEN * dearer)
 
     @property
     def on_devices(self) -> Prices:

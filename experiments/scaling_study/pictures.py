@@ -12,7 +12,7 @@ from experiments.scaling_study.laws import StudyLaw
 from experiments.scaling_study.use import JOULES_PER_MWH
 from lfm_jax.scaling import interval
 from lfm_jax.scaling.chinchilla import Chinchilla
-from lfm_jax.scaling.deployment import FLOPS, least_flops, tokens_for_demand
+from lfm_jax.scaling.deployment import Prices, least_flops, tokens_for_demand
 
 
 def plot(fitted: Sequence[StudyLaw], params: dict[str, int], costs: Costs, path: epath.Path) -> None:
@@ -29,7 +29,7 @@ def plot(fitted: Sequence[StudyLaw], params: dict[str, int], costs: Costs, path:
     _losses(loss, fitted, small)
     _gains(gain, fitted, small)
     _costs(cost, fitted[0], params, costs)
-    _multipliers(multiplier, fitted, small)
+    _multipliers(multiplier, fitted, small, costs.served)
     for axes in (loss, gain, cost, multiplier):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
@@ -92,14 +92,15 @@ def _costs(axes: Any, law: StudyLaw, params: dict[str, int], costs: Costs) -> No
              title=f"training and devices together, by the law of {law.name}")  # fmt: skip
 
 
-def _multipliers(axes: Any, fitted: Sequence[StudyLaw], small: float) -> None:
+def _multipliers(axes: Any, fitted: Sequence[StudyLaw], small: float, served: Prices) -> None:
     xs = np.geomspace(1e11, 1e16, 60)
     for number, each in enumerate(fitted):
-        _band(axes, each, xs, lambda law, demand: tokens_for_demand(law, small, demand, FLOPS) / small, f"C{number}")
+        _band(axes, each, xs, lambda law, demand: tokens_for_demand(law, small, demand, served) / small, f"C{number}")
     last = max(each.range.multiplier for each in fitted)
     axes.axhspan(last, 1e6, color="black", alpha=0.06, linewidth=0)
     axes.text(1.2e11, last * 1.15, f"beyond M = {last:.0f}: no fit", fontsize=8, va="bottom")
     axes.axhline(budgets.MOST_TOKENS / small, color="black", linestyle="--", linewidth=1)
     axes.text(1.2e11, budgets.MOST_TOKENS / small * 1.1, "28T", fontsize=8)
-    axes.set(xscale="log", yscale="log", ylim=(5, 6e5), xlabel="tokens served (2 N FLOPs each)", ylabel="tokens a parameter",
+    axes.set(xscale="log", yscale="log", ylim=(5, 6e5), ylabel="tokens a parameter",
+             xlabel=f"tokens served ({served.inference:g} N FLOPs each)",
              title=f"{budgets.SMALLEST}: for which training a demand asks (Sardana et al.)")  # fmt: skip

@@ -57,11 +57,12 @@ def _head(figures: dict[str, Any], config: Any) -> list[str]:
     return [
         "# Small models trained for very long: what the scaling laws say", "", f"    {COMMAND}", "",
         *prose(f"""Made by that command from the published runs and from what is recorded in
-            `experiments/scaling_study/recorded`. Intervals are the middle 95 % of {figures["resamples"]} refits to resampled
-            runs (seed {config.seed}). They say how far the runs leave a law's constants open, and nothing of whether the
-            law holds beyond its runs: where M = D / N is two orders of magnitude beyond any of them, an interval is the
-            least of the doubt, and what separates the laws says more. Losses of different laws are of different texts and
-            tokenizers: compare their differences. "Beyond" is how many times the most of a fit's runs a figure is."""),
+            `{config.recorded or "experiments/scaling_study/recorded"}`. Intervals are the middle 95 % of
+            {figures["resamples"]} refits to resampled runs. They say how far the runs leave a law's constants open, and nothing
+            of whether the law holds beyond its runs: where M = D / N is two orders of magnitude beyond any of them, an
+            interval is the least of the doubt, and what separates the laws says more. Losses of different laws are of
+            different texts and tokenizers: compare their differences. "Beyond" is how many times the most of a fit's runs a
+            figure is."""),
         "", "![Loss, the next trillion, cost and demand](scaling_study.png)",
     ]  # fmt: skip
 

@@ -74,10 +74,10 @@ def cost(figures: _Figures, config: Any) -> list[str]:
         "", *tables.devices(figures["devices"]), "", "### The small model against the optimal one of the same loss", "",
         *prose(f"""{budgets.SMALLEST} on 28T tokens, and the compute-optimal model that a law gives the same loss (by Gadre
             et al.'s, at an M below their runs). "Pays from": the tokens of demand from which the small one has cost less in
-            all. "Right at": those at which no other way to this loss is cheaper (Sardana et al. 2024). Served: 6 N D, and 2
-            N FLOPs a token. On devices: {costs.joules_per_flop:g} J a training FLOP (a DGX H100's 10.2 kW at 40 % of its
-            peak) and the energy of the weights above, without the cache. On {tables.power(costs.devices)} devices 1e13 tokens are
-            {1e13 / costs.devices:,.0f} each."""),
+            all. "Right at": those at which no other way to this loss is cheaper (Sardana et al. 2024). Served: 6 N D, and
+            {costs.served.inference:g} N FLOPs a token. On devices: {costs.joules_per_flop:g} J a training FLOP (a DGX H100's
+            10.2 kW at 40 % of its peak) and the energy of the weights above, without the cache. On
+            {tables.power(costs.devices)} devices 1e13 tokens are {1e13 / costs.devices:,.0f} each."""),
         "", *tables.equals(figures["equals"]), "", "### Training and inference together", "",
         "By the law of Chinchilla's points. FLOPs where whoever trains also serves, by the tokens served:", "",
         *tables.totals(figures["totals"], "flops"), "",

@@ -80,7 +80,7 @@ def totals(law: StudyLaw, params: dict[str, int], costs: Costs) -> list[dict[str
         row |= {"training_flops": budgets.training_flops(size, tokens)}
         row |= {"training_mwh": row["training_flops"] * costs.joules_per_flop / JOULES_PER_MWH}
         for demand in budgets.DEMANDS:
-            row[f"flops_{budgets.demand_name(demand)}"] = _total(size, tokens, demand, FLOPS)
+            row[f"flops_{budgets.demand_name(demand)}"] = _total(size, tokens, demand, costs.served)
             row[f"mwh_{budgets.demand_name(demand)}"] = _total(size, tokens, demand, costs.on_devices) / JOULES_PER_MWH
         rows.append(row)
     return rows

@@ -164,6 +164,18 @@ def test_totals_cross_where_break_even_says(figures):
     assert small["loss"] == pytest.approx(larger["loss"], rel=1e-9)
 
 
+def test_serving_that_is_dearer_moves_every_figure_of_it(found):
+    """Five times as dear: a fifth of the demand pays, and is right, for the same training."""
+    laws, params = (found[0],), budgets.sizes()
+    small, dearer = params[budgets.SMALLEST], Costs(inference_mfu_share=0.08)
+    before, after = (budgets.equals(laws, small, budgets.MOST_TOKENS, costs)[0] for costs in (Costs(), dearer))
+    for key in ("break_even_tokens", "implied_demand"):
+        assert before[key].value == pytest.approx(5 * after[key].value)
+        assert before[f"{key}_on_devices"] == after[f"{key}_on_devices"]
+    row = use.totals(found[0], params, dearer)[0]
+    assert row["flops_1e15"] == pytest.approx(small * (6 * budgets.MOST_TOKENS + 10 * 1e15))
+
+
 def test_what_a_device_pays(figures):
     row = of(figures, "devices", model="lfm2_350m")
     weights, cache = 354_483_968 * 4.5 / 8, 6 * 2 * 8 * 64 * 4096 * 2 + 10 * 2 * 1024 * 2
@@ -323,7 +335,7 @@ def test_prices_and_chip_hours():
     costs = Costs(chip="tpu7x", mfu_share=0.5, inference_mfu_share=0.1)
     hour = 3600 * 2 * CHIPS["tpu7x"].flops * 0.5  # a chip has two devices
     assert costs.chip_hours(10 * hour) == pytest.approx(10)
-    assert tuple(costs.served) == pytest.approx((12, 20))
+    assert tuple(costs.served) == pytest.approx((6, 10))
     assert tuple(costs.on_devices) == pytest.approx((6 * 3.2e-12, 4.5 / 8 * 1e-10))
     # A DGX H100: 10.2 kW for eight GPUs, 40 % of their peak.
     assert costs.joules_per_flop == pytest.approx(10.2e3 / (8 * CHIPS["h100"].flops * 0.4), rel=0.01)
