@@ -6,7 +6,7 @@
 used. As it stands the text is the held-out part of Python's standard library, so that the command above gives nearly the
 quickstart's own `bits_per_byte` (its rows are shorter); a text of yours, all of it:
 
-    python run.py --config=configs/evaluate.py --workdir=workdirs/evaluation --config.init_from=workdirs/quickstart \
+    python run.py --config=configs/evaluate.py --workdir=workdirs/evaluation_of_mine --config.init_from=workdirs/quickstart \
         --config.data.source=FOLDER --config.data.held_out_share=1
 
 Seconds for the quickstart's model on a laptop.

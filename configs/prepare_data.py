@@ -3,8 +3,9 @@
     python run.py --config=configs/prepare_data.py --workdir=workdirs/prepared --config.data.source=FOLDER
 
 reads .txt, .jsonl(.gz, .zst) and .parquet and writes `documents/`, which `--config.data.source` of other runs can name,
-`removed.jsonl` with the reason for each removed document, and the counts to results.json. For source code, which breaks the rules
-for prose (they are off then; as it stands, the text is Python's standard library):
+`removed.jsonl` with the reason for each removed document, `quarantine.jsonl` with the records that cannot be read (more than
+`bad_records_limit` of them end the run), and the counts to results.json. For source code, which breaks the rules for prose (they
+are off then; as it stands, the text is Python's standard library):
 
     python run.py --config=configs/prepare_data.py:code --workdir=workdirs/prepared_code
 

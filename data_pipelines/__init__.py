@@ -15,9 +15,10 @@ from data_pipelines.sources.documents import (
     read_source_file,
 )
 from data_pipelines.sources.quarantine import Quarantine, RecordCounts
+from data_pipelines.tokenization.assembly import check_source
 from data_pipelines.tokenization.beam import tokenize_corpus_with_beam
 from data_pipelines.tokenization.parallel import tokenize_corpus
-from data_pipelines.tokenization.shard_writer import write_token_shards
+from data_pipelines.tokenization.shard_writer import last_written, write_token_shards
 from data_pipelines.tokenization.token_shards import Shard, TokenShards, read_token_shards
 from data_pipelines.tokenization.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from data_pipelines.tokenization.units import TokenizationConfig
@@ -25,7 +26,7 @@ from data_pipelines.tokenization.units import TokenizationConfig
 __all__ = [
     "Batch", "DatasetIterator", "Document", "DocumentsConfig", "LoaderConfig", "PackedShards", "Packing", "Quarantine",
     "RecordCounts", "Shard", "SourceFile", "StageConfig", "TokenShards", "TokenizationConfig", "Tokenizer", "TokenizerConfig",
-    "evaluation_batches", "list_source_files", "load_tokenizer", "ngram_bits_per_byte", "pack_documents", "pack_shards",
-    "read_documents", "read_source_file", "read_token_shards", "rows_folder", "tokenize_corpus", "tokenize_corpus_with_beam",
-    "train_tokenizer", "training_batches", "write_token_shards",
+    "check_source", "evaluation_batches", "last_written", "list_source_files", "load_tokenizer", "ngram_bits_per_byte",
+    "pack_documents", "pack_shards", "read_documents", "read_source_file", "read_token_shards", "rows_folder",
+    "tokenize_corpus", "tokenize_corpus_with_beam", "train_tokenizer", "training_batches", "write_token_shards",
 ]

@@ -1,6 +1,7 @@
 """What training would see of tokenized text: shares of the sources, lengths of documents, packing, and rows to read."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class Config:
 
 def main(config: Config, workdir: epath.Path) -> None:
     """Writes tables, `lengths.png`, `mixture.png` and `samples.html`, and prints the samples."""
-    text = read_tokenized(config.tokens_from)
+    text = read_tokenized(config.tokens_from, ("train",))
     tokenizer, sources = text.tokenizer, text.train
     with mistakes_in("loader"):
         batches = training_batches(sources, config.loader, tokenizer, process_index=0, process_count=1)
@@ -92,12 +93,9 @@ def _source(config: Config, name: str, shards: TokenShards, lengths: np.ndarray,
 
 
 def _rows(batches: Any, samples: int) -> list[dict[str, np.ndarray]]:
-    """The first rows of the run."""
-    found = []
-    while len(found) < samples:
-        batch = next(batches)
-        found += [{name: array[row] for name, array in batch.items()} for row in range(len(batch["tokens"]))]
-    return found[:samples]
+    """The first rows of the run, which may have fewer."""
+    rows = ({name: array[row] for name, array in batch.items()} for batch in batches for row in range(len(batch["tokens"])))
+    return list(itertools.islice(rows, samples))
 
 
 def colored(row: dict[str, np.ndarray], tokenizer: Tokenizer, most: int) -> Text:

@@ -15,6 +15,8 @@ from data_pipelines import (
     Tokenizer,
     TokenizerConfig,
     TokenShards,
+    check_source,
+    last_written,
     load_tokenizer,
     pack_shards,
     read_documents,
@@ -61,20 +63,29 @@ def prepare_tokenizer(
 
 
 def _train(training: TokenizerConfig, data: DocumentsConfig, folder: epath.Path, limit: float) -> None:
-    path = folder.parent / f"{folder.name}_quarantine.jsonl"
     folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.parent / f"{folder.name}_quarantine.jsonl"
+    train_tokenizer(training, good_documents(data, "train", path, limit), folder)
+
+
+def good_documents(data: DocumentsConfig, split: Split, path: epath.Path, limit: float) -> Iterator[Document]:
+    """The documents of a split. When all are read, the bad records are listed in a file, if there are any.
+
+    Args:
+      path: of the file; its folder must exist.
+    Raises:
+      ValueError: more than the share `limit` of the records is bad, which is said rather than what is wrong for want of them; or
+        as `read_documents`.
+    """
     with Quarantine(path) as quarantine:
-        train_tokenizer(training, _training_documents(data, quarantine, limit), folder)
+        try:
+            yield from read_documents(data, split, quarantine)
+        except ValueError:
+            quarantine.check(limit)
+            raise
+        quarantine.check(limit)
     if not quarantine.counts.bad:
         path.unlink()
-
-
-def _training_documents(data: DocumentsConfig, quarantine: Quarantine, limit: float) -> Iterator[Document]:
-    """The training split. If it has too many bad records, that is said, and not what else is wrong with it for want of them."""
-    try:
-        yield from read_documents(data, "train", quarantine)
-    finally:
-        quarantine.check(limit)
 
 
 def prepare_split(
@@ -87,12 +98,10 @@ def prepare_split(
     """The token shards of a split in the workdir, made there first, on all cores, if they are not.
 
     Raises:
-      ConfigError: the text cannot be read, or the shards in the workdir are damaged or another tokenizer's.
+      ConfigError: the text cannot be read, or the shards in the workdir are damaged, another tokenizer's or of other text.
     """
-    folder = workdir / TOKENS / split
-    with mistakes_in("data"):
-        _once(folder, lambda: tokenize_corpus(data, split, tokenizer, folder, tokenization))
-        return read_token_shards(folder, tokenizer)
+    make = lambda folder: tokenize_corpus(data, split, tokenizer, folder, tokenization)
+    return _split(workdir, data, split, tokenizer, make)
 
 
 def prepare_split_with_beam(
@@ -104,48 +113,56 @@ def prepare_split_with_beam(
     options: Sequence[str],
 ) -> TokenShards:
     """As `prepare_split`, by Apache Beam, whose workers read the tokenizer that `prepare_tokenizer` has put into the workdir."""
+    make = lambda folder: tokenize_corpus_with_beam(data, split, workdir / TOKENIZER, folder, tokenization, options)
+    return _split(workdir, data, split, tokenizer, make)
+
+
+def _split(
+    workdir: epath.Path, data: DocumentsConfig, split: Split, tokenizer: Tokenizer, make: Callable[[epath.Path], object]
+) -> TokenShards:
     folder = workdir / TOKENS / split
     with mistakes_in("data"):
-        _once(
-            folder,
-            lambda: tokenize_corpus_with_beam(data, split, workdir / TOKENIZER, folder, tokenization, options),
-        )
-        return read_token_shards(folder, tokenizer)
+        _once(last_written(folder), lambda: make(folder))
+        shards = read_token_shards(folder, tokenizer)
+        check_source(shards, data, split)
+        return shards
 
 
 class PreparedText(NamedTuple):
-    """A tokenizer, and of each source its two splits."""
+    """A tokenizer, and of each source its two splits; none of a split that was not read."""
 
     tokenizer: Tokenizer
     train: list[TokenShards]
     held_out: list[TokenShards]
 
 
-def read_tokenized(workdirs: Sequence[str]) -> PreparedText:
+def read_tokenized(workdirs: Sequence[str], splits: Sequence[Split] = get_args(Split)) -> PreparedText:
     """The text that lies tokenized in workdirs, one for each source, all by the tokenizer of the first.
 
+    Args:
+      splits: what is needed of it; another one may be missing.
     Raises:
       ConfigError: there is none in one of them, or another tokenizer's.
     """
     folders = [epath.Path(workdir) for workdir in workdirs]
     with mistakes_in("tokens_from"):
         tokenizer = load_tokenizer(folders[0] / TOKENIZER)
-        splits = [[read_token_shards(folder / TOKENS / split, tokenizer) for folder in folders] for split in get_args(Split)]
-    return PreparedText(tokenizer, *splits)
+        read = {split: [read_token_shards(folder / TOKENS / split, tokenizer) for folder in folders] for split in splits}
+    return PreparedText(tokenizer, *(read.get(split, []) for split in get_args(Split)))
 
 
 def prepare_rows(shards: TokenShards, seq_len: int, fill_in_the_middle: float = 0.0) -> None:
     """Lets one process pack rows of a length that are not there yet; they stay beside the tokens."""
     make = lambda: pack_shards(shards, seq_len, fill_in_the_middle=fill_in_the_middle)
-    _once(rows_folder(shards, seq_len, fill_in_the_middle), make)
+    _once(last_written(rows_folder(shards, seq_len, fill_in_the_middle)), make)
 
 
-def _once(folder: epath.Path, make: Callable[[], object]) -> None:
-    """Lets one process make what is not there yet; what makes it lets it appear whole. The others wait."""
-    if jax.process_index() == 0 and not folder.exists():
+def _once(path: epath.Path, make: Callable[[], object]) -> None:
+    """Lets one process make what is not there yet; `path` is there when all of it is. The others wait."""
+    if jax.process_index() == 0 and not path.exists():
         make()
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(str(folder))
+        multihost_utils.sync_global_devices(str(path))
 
 
 def _copy_tokenizer(source: epath.Path, folder: epath.Path) -> None:

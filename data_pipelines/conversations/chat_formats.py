@@ -13,6 +13,60 @@ _TURN, _END, _LIST, _END_LIST, CALL, END_CALL, _RESPONSE, _END_RESPONSE = SYMBOL
 _END_THINKING = "</think>"
 
 
+# A `ChatFormat` for others; what is in angles is filled in.
+_JINJA = """\
+{%- set tool_list = <tool_list> -%}
+{%- set response = <response> -%}
+{%- set kept_from_last = <role> -%}
+{%- macro text(content) -%}
+    {{- content if content is string else content | tojson if content is defined and content is not none else "" -}}
+{%- endmacro -%}
+{%- macro argument(value) -%}
+    {{- <written> if value is string else value | tojson if value is mapping else value | string -}}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- set first = 1 if messages and messages[0].role == "system" else 0 -%}
+{%- set ns = namespace(system=text(messages[0].content) if first else "", kept_from=0, said="", call="") -%}
+{%- for tool in tools or [] -%}
+    {%- set before = ("\\n" if ns.system else "") + "List of tools: " + tool_list[0] if loop.first else ", " -%}
+    {%- set ns.system = ns.system + before + (tool if tool is string else tool | tojson) + (tool_list[1] if loop.last else "") -%}
+{%- endfor -%}
+{%- if ns.system -%}
+    {{- "<|im_start|>system\\n" + ns.system + "<|im_end|>\\n" -}}
+{%- endif -%}
+{%- for message in messages[first:] -%}
+    {%- if message.role == kept_from_last -%}
+        {%- set ns.kept_from = loop.index0 -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- for message in messages[first:] -%}
+    {%- set keeps_thinking = loop.index0 >= ns.kept_from -%}
+    {%- set ns.said = text(message.content) -%}
+    {%- if message.role == "tool" -%}
+        {%- set ns.said = response[0] + ns.said + response[1] -%}
+    {%- elif message.role == "assistant" -%}
+        {%- if not keeps_thinking and "</think>" in ns.said -%}
+            {%- set ns.said = ns.said.split("</think>")[-1].strip() -%}
+        {%- elif keeps_thinking and message.thinking is defined and message.thinking is not none -%}
+            {%- set ns.said = "<think>" + message.thinking + "</think>" + ns.said -%}
+        {%- endif -%}
+        {%- for call in message.tool_calls or [] -%}
+            {%- set ns.call = "" -%}
+            {%- for name, value in call.function.arguments.items() -%}
+                {%- set ns.call = ns.call + ("" if loop.first else ", ") + name + "=" + argument(value) -%}
+            {%- endfor -%}
+            {%- set before, after = "<|tool_call_start|>[" if loop.first else ", ", "]<|tool_call_end|>" if loop.last else "" -%}
+            {%- set ns.said = ns.said + before + call.function.name + "(" + ns.call + ")" + after -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- "<|im_start|>" + message.role + "\\n" + ns.said + "<|im_end|>\\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "<|im_start|>assistant\\n" -}}
+{%- endif -%}
+"""
+
+
 class Rendering(NamedTuple):
     """A text that is asked for: of these messages with these tools, up to where the assistant begins, or whole."""
 
@@ -75,9 +129,16 @@ class ChatFormat:
             turns.append(f"{_TURN}{message['role']}\n{self._said(message, index >= kept_from)}{_END}\n")
         return "".join([_BOS, *turns, f"{_TURN}assistant\n" if generation_prompt else ""])
 
+    def jinja(self) -> str:
+        """The same as a chat template in Jinja's language."""
+        written = "value | tojson" if self.write_text is _json else """ "'" + value + "'" """.strip()
+        values = {"tool_list": list(self.tool_list), "response": list(self.response), "role": _KEPT_FROM_LAST[self.forgets] or ""}
+        filled = {name: _json(value) for name, value in values.items()} | {"written": written}
+        return re.sub(r"<(tool_list|response|role|written)>", lambda found: filled[found[1]], _JINJA)
+
     def _kept_from(self, roles: list[str]) -> int:
         """The first message whose thinking stays."""
-        role = {"nothing": None, "before_last_answer": "assistant", "before_last_question": "user"}[self.forgets]
+        role = _KEPT_FROM_LAST[self.forgets]
         return len(roles) - 1 - roles[::-1].index(role) if role in roles else 0
 
     def _said(self, message: Mapping[str, Any], keeps_thinking: bool) -> str:
@@ -115,6 +176,8 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+# What a format forgets, and the role from whose last message on it forgets nothing.
+_KEPT_FROM_LAST = {"nothing": None, "before_last_answer": "assistant", "before_last_question": "user"}
 _TEXT_TO_QUOTES = "'{}'".format  # with no escapes, as LFM2.5-8B-A1B's template has it
 # By name: those whose published templates are compared with in the tests.
 CHAT_FORMATS = {

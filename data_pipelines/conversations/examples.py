@@ -14,8 +14,9 @@ from data_pipelines.sources.quarantine import Quarantine
 from data_pipelines.sources.records import BadRecord
 from data_pipelines.tokenization.tokenizer import SYMBOLS, Tokenizer
 
-# Conversations that are rendered and encoded together.
+# Conversations that are rendered and encoded together, at most, and from how many rendered characters on there are fewer.
 _TOGETHER = 512
+_TOGETHER_CHARACTERS = 1 << 24
 _SHOWN_CHARACTERS = 1000
 
 
@@ -162,6 +163,22 @@ def symbol_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return found
 
 
+def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    """Groups that are small in memory when they are rendered: each answer with and without, and all that came before it."""
+    batch, characters = [], 0
+    for conversation in conversations:
+        so_far = len(str(conversation.tools))
+        for message in conversation.messages:
+            so_far += len(str(message))
+            characters += 2 * so_far * (message["role"] == "assistant")
+        batch.append(conversation)
+        if len(batch) == _TOGETHER or characters >= _TOGETHER_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
 def encode_conversations(
     conversations: Iterable[Conversation], tokenizer: Tokenizer, template: Template, quarantine: Quarantine | None = None
 ) -> Examples:
@@ -175,8 +192,7 @@ def encode_conversations(
     """
     encoder = ConversationEncoder(tokenizer, template)
     examples, seen, refused = [], 0, 0
-    iterator = iter(conversations)
-    while together := list(itertools.islice(iterator, _TOGETHER)):
+    for together in _batches(conversations):
         seen += len(together)
         for conversation, found in zip(together, encoder.examples(together), strict=True):
             if not isinstance(found, ValueError):

@@ -31,7 +31,8 @@ class LoaderConfig:
     weights: shares of rows that the sources have, whatever they add up to; none: by how many rows they have.
     stages: from which step on something of this changes.
     order: "shuffled", or "difficulty": the files by the difficulty of their texts, the easy ones first, in each epoch.
-    window_files: files of token shards whose rows are shuffled together, so that only so many are read at a time; None: all.
+    window_files: files of token shards whose rows are shuffled together, so that only so many are read at a time; None: all,
+      and by "difficulty" one: all rows together would come in no order.
     fill_in_the_middle: share of the documents that fit into a row whose middle is told last.
     seed: of the order and of where middles are cut out; the order is another one in each epoch.
     workers: processes that make batches ahead; 0: a thread does.
@@ -302,7 +303,7 @@ class _HostBatches:
             "from_step": [stage.from_step for stage in begun],
             "weights": [[str(weight) for weight in stage.weights] for stage in begun],
             "seed": config.seed,
-            "order": [config.order, config.window_files],
+            "order": [config.order, self._orders[config.seq_len][0].window],
             "rows": [[packed.fingerprint for packed in self._packed[stage.seq_len]] for stage in begun],
         }
 

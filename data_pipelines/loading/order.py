@@ -10,7 +10,10 @@ from data_pipelines.loading.rows import Place
 
 
 class RowOrder:
-    """The rows of some files, again and again, in another order each time. Can be pickled."""
+    """The rows of some files, again and again, in another order each time. Can be pickled.
+
+    window: files whose rows are shuffled together; None: all.
+    """
 
     def __init__(self, rows: np.ndarray, *, seed: int, window: int | None = None, difficulty: np.ndarray | None = None):
         """
@@ -19,10 +22,11 @@ class RowOrder:
           seed: of the order.
           window: files whose rows are shuffled together, one such group after the other, so that no more files are read at a
             time; None: all rows are shuffled. The files themselves come in another order each time.
-          difficulty: [files] of their texts: the files then come by it, the easy ones first, each time.
+          difficulty: [files] of their texts: the files then come by it, the easy ones first, each time; window None is then 1.
         """
         self._rows, self._seed, self._difficulty = rows, seed, difficulty
-        self._window = len(rows) if window is None else window
+        self.window = 1 if window is None and difficulty is not None else window
+        self._window = len(rows) if self.window is None else self.window
 
     def __len__(self) -> int:
         """Rows of one time through."""

@@ -85,7 +85,7 @@ def pack_shards(
     if not (folder / INDEX).exists():
         try:
             _make(shards, seq_len, fill_in_the_middle, folder, processes)
-        except FileNotFoundError:
+        except OSError:
             if not (folder / INDEX).exists():  # another run, at the same rows at the same time, has let the folder appear
                 raise
     index = json.loads((folder / INDEX).read_text())

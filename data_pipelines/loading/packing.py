@@ -83,23 +83,22 @@ def _fill_rows(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     left: list[list[int]] = [[] for _ in range(seq_len + 1)]  # pieces by length
     for piece, length in enumerate(lengths.tolist()):
         left[length].append(piece)
-    bits = [1 << length for length in range(seq_len + 1)]
-    present = sum(bits[length] for length in range(seq_len + 1) if left[length])  # bit n: there are pieces of n positions
-    mirrored = sum(bits[seq_len - length] for length in range(seq_len + 1) if left[length])  # bit seq_len - n, likewise
+    present = sum(1 << length for length in range(seq_len + 1) if left[length])  # bit n: there are pieces of n positions
+    mirrored = sum(1 << seq_len - length for length in range(seq_len + 1) if left[length])  # bit seq_len - n, likewise
     rows, row = [0] * len(lengths), 0
     while present:
         room = seq_len
-        while room and (fitting := present & (2 * bits[room] - 1)):
+        while room and (fitting := present & ((2 << room) - 1)):
             length = fitting.bit_length() - 1
             pairs = 0 if length == room else present & (mirrored >> (seq_len - room))  # bit n: pieces of n and of room - n
             if not room % 2 and len(left[room // 2]) == 1:
-                pairs &= ~bits[room // 2]
+                pairs &= ~(1 << room // 2)
             longest = pairs.bit_length() - 1
             for taken in (longest, room - longest) if pairs else (length,):
                 rows[left[taken].pop()] = row
                 room -= taken
                 if not left[taken]:
-                    present ^= bits[taken]
-                    mirrored ^= bits[seq_len - taken]
+                    present ^= 1 << taken
+                    mirrored ^= 1 << seq_len - taken
         row += 1
     return np.asarray(rows, np.int64)

@@ -74,7 +74,7 @@ class EvaluationNgrams:
         """Reads the evaluation sets.
 
         Raises:
-          ConfigError: a set cannot be read.
+          ConfigError: a set, or a record of one, cannot be read.
         """
         hash_words, texts, sets, hashes, places = WordHashes(), [], [], [np.zeros(0, np.uint64)], [np.zeros((0, 2), np.int64)]
         for which, entry in enumerate(config.evaluation):

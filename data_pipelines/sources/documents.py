@@ -60,8 +60,9 @@ class DocumentsConfig:
       none.
     max_text_bytes: what one text, or one line of a .jsonl, may take: a line without an end would otherwise be read whole.
     held_out_share: the share that is held out: of the files of "stdlib" and .txt, of the records of other files. Which ones is
-      decided by a hash of the name, so it stays the same when files are added, in another order or on another machine. 1: all of
-      it, for measuring a model.
+      decided by a hash of the name, so it stays the same when files are added, in another order or on another machine; but of
+      files so few that none has a hash below the share, the one with the least is held out, until one with less is added. 1: all
+      of it, for measuring a model.
     held_out_source: another source, all of which is the held-out split; all of `source` is then the training split.
     """
 
@@ -193,7 +194,7 @@ def _wanted(side: _Side, name: str) -> Callable[[int], bool] | None:
 
 
 def _held_out_files(names: list[str], share: float) -> set[str]:
-    """Which files are held out; of two or more, at least one."""
+    """Which files are held out; of two or more, at least one, which then is not the same whatever is added."""
     held_out = {name for name in names if _fraction(name) < share}
     return held_out or ({min(names, key=_fraction)} if len(names) > 1 else set())
 

@@ -3,7 +3,7 @@
 import difflib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from data_pipelines.tasks.arithmetic import Arithmetic
 from data_pipelines.tasks.extraction import Extraction
@@ -37,6 +37,18 @@ def task_named(name: str) -> Task:
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(TASKS)}, gsm8k:PATH and reasoning_gym:NAME"
         raise ValueError(f"no task is named {name!r}; {hint}")
     return TASKS[name]
+
+
+def tasks_named(names: Sequence[str]) -> list[Task]:
+    """`task_named` of each.
+
+    Raises:
+      ValueError: there is none of a name, or two have one, as two files of GSM8K do: what is written of them is told apart by it.
+    """
+    tasks = [task_named(name) for name in names]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise ValueError(f"two tasks have one name, of {', '.join(task.name for task in tasks)}; take one of them")
+    return tasks
 
 
 def pick(weights: Mapping[str, float], seed: int) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 Split = Literal["train", "held_out"]
@@ -72,6 +72,15 @@ def draw(
             return problem
     asked = f"{task.name}, difficulty {difficulty}, seed {seed}"
     raise ValueError(f"{asked}: of {_MOST_DRAWS} problems none is {split}; make it draw more different ones")
+
+
+def in_turn(task: Task, count: int, difficulties: Sequence[int], seed: int) -> Iterator[tuple[int, int]]:
+    """(seed, difficulty) of so many problems: the difficulties in turn (none: all of the task's), each with the seeds from `seed`
+    on. So of a task with a set of problems that seeds count through, all of a difficulty come before one comes again.
+    """
+    each = difficulties or range(1, task.max_difficulty + 1)
+    for number in range(count):
+        yield seed + number // len(each), each[number % len(each)]
 
 
 def split_of(content: Any) -> Split:

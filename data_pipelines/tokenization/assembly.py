@@ -19,7 +19,7 @@ from data_pipelines.tokenization.shard_writer import (
     write_index,
     write_whole,
 )
-from data_pipelines.tokenization.token_shards import FORMAT, INDEX, lengths_file
+from data_pipelines.tokenization.token_shards import FORMAT, INDEX, TokenShards, lengths_file
 from data_pipelines.tokenization.tokenizer import Tokenizer
 from data_pipelines.tokenization.units import TokenizationConfig, Unit, Work, plan_units, quarantine_file, record_file
 from lfm_jax.configuration import flatten, to_mapping
@@ -31,6 +31,8 @@ _PLAN = "plan.json"
 # A run ends early where, as it went so far, there will be this many times too many bad records: the first units may be the dirty
 # ones, and their records longer or shorter than others.
 _CERTAINLY = 10
+# Settings that say where the text lies.
+_PLACES = {"source", "held_out_source", "data_dir"}
 # Small files are read side by side: one from a bucket takes as long as many.
 _READERS = 32
 
@@ -167,6 +169,29 @@ class Assembly:
                 path.rmtree() if path.is_dir() else path.unlink()
             elif path.name == _PLAN or path.name.startswith(("unit-", "quarantine-")):
                 path.unlink()
+
+
+def check_source(shards: TokenShards, data: DocumentsConfig, split: Split) -> None:
+    """Token shards are of a split of `data`, as far as their index says of what; the text may lie elsewhere by now.
+
+    Raises:
+      FileNotFoundError: it should lie elsewhere, and does not.
+      ValueError: they are of other text.
+    """
+    source = shards.made_of["source"]
+    if not isinstance(source, dict):
+        return
+    then, now = {"split": shards.made_of["split"], **source}, {"split": split, **to_mapping(data)}
+    changed = [name for name in now if name in then and then[name] != now[name]]
+    if not changed:
+        return
+    has_other_text = not set(changed) <= _PLACES or (then.get("held_out_source") is None) != (data.held_out_source is None)
+    if has_other_text or _describe_files(list_source_files(data, split)) != shards.made_of["source_files"]:
+        raise ValueError(
+            f"{shards.folder} was tokenized from other text: "
+            f"{'; '.join(f'{name} was {then[name]}, is {now[name]}' for name in changed)}; go on with the same, take another "
+            "--workdir, or delete the folder to tokenize again"
+        )
 
 
 def _describe_files(files: list[SourceFile]) -> dict[str, Any]:

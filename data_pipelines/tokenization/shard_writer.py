@@ -75,9 +75,14 @@ def write_token_shards(
 
 
 def refuse_existing(folder: epath.Path) -> None:
-    """Raises a FileExistsError if token shards are there; elsewhere than on disk, a folder without an index is being copied."""
-    if (folder / INDEX if is_remote(folder) else folder).exists():
+    """Raises a FileExistsError if token shards are there."""
+    if last_written(folder).exists():
         raise FileExistsError(f"{folder} exists; read it with read_token_shards, or delete it to tokenize again")
+
+
+def last_written(folder: epath.Path) -> epath.Path:
+    """What is there when all of a published folder is: elsewhere than on disk, a folder without an index is being copied."""
+    return folder / INDEX if is_remote(folder) else folder
 
 
 def part_of(folder: epath.Path) -> epath.Path:

@@ -50,7 +50,7 @@ class TokenShards:
 
     folder: where it lies. shards: its files. documents, tokens, text_bytes: their number, that of their ids and of the bytes of
     the text in UTF-8. bad_records: how many could not be read and are in `quarantine.jsonl`. vocab_size: ids are below it.
-    fingerprint: of all ids, and of the tokenizer that made them.
+    made_of: what the index says of the text they were made of. fingerprint: of all ids, and of the tokenizer that made them.
     """
 
     def __init__(self, folder: epath.Path, index: dict[str, Any]):
@@ -62,6 +62,7 @@ class TokenShards:
         self.text_bytes: int = index["text_bytes"]
         self.bad_records = sum(index["records"]["bad"].values())
         self.vocab_size: int = index["tokenizer"]["vocab_size"]
+        self.made_of = {name: index.get(name) for name in ("source", "split", "source_files")}
         self.fingerprint = _fingerprint(index)
         self._index = index
         self._dtype = np.dtype(index["dtype"])

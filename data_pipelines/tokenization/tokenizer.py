@@ -9,6 +9,7 @@ import io
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -140,6 +141,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, content: bytes, name: str):
         """content: of tokenizer.json; name: of the file, for messages. Raises ValueError if it cannot be used."""
+        self._content, self._name = content, name
         self.vocab_size = read_tokenizer_json(content, name)
         self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         self._tokenizer.no_truncation()
@@ -149,6 +151,10 @@ class HuggingFaceTokenizer(Tokenizer):
         _check_special(dict(zip((_BOS, _EOS, _PAD), special, strict=True)), name)
         self.bos_id, self.eos_id, self.pad_id = special
         self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made anew from the file: the package's own pickle forgets `encode_special_tokens`."""
+        return HuggingFaceTokenizer, (self._content, self._name)
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]:
         """As in `Tokenizer`; with None, the number is the package's to choose (TOKENIZERS_PARALLELISM, RAYON_NUM_THREADS)."""

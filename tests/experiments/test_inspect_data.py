@@ -1,6 +1,7 @@
 """Looking at tokenized text: the tables say what the loader does, the samples what is in the rows."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -55,6 +56,19 @@ def test_tables_and_samples_are_those_of_the_loader(workdirs, tmp_path):
     assert all(word in page for word in shown[:6])
     for picture in ("lengths.png", "mixture.png"):
         assert (tmp_path / "out" / picture).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_fewer_rows_than_samples_and_no_held_out_text_will_do(workdirs, tmp_path):
+    """What `--config.splits=train` has tokenized, gone through once."""
+    shutil.copytree(workdirs[0] / "tokenizer", tmp_path / "words" / "tokenizer")
+    shutil.copytree(workdirs[0] / "tokens" / "train", tmp_path / "words" / "tokens" / "train")
+    result = _run(
+        "--config=configs/inspect_data.py", f"--workdir={tmp_path}/out", f"--config.tokens_from={tmp_path}/words",
+        "--config.loader.seq_len=512", "--config.loader.epochs=1", "--config.samples=10000", "--config.sample_tokens=8",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (source,) = json.loads((tmp_path / "out" / "results.json").read_text())["sources"]
+    assert source["rows"] <= source["rows_given"] < 10_000
 
 
 def test_a_model_is_trained_on_a_mixture_of_tokenized_texts(workdirs, tmp_path):

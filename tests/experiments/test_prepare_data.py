@@ -93,6 +93,28 @@ def test_the_splits_are_those_of_the_source(corpus, tmp_path):
     assert sum(counts.values()) == 1500 and 350 < counts["held_out"] < 550
 
 
+def test_bad_records_are_put_aside_up_to_a_limit(tmp_path, capsys):
+    """In every pass, and from evaluation sets none."""
+    texts = [json.dumps({"text": f"{seed} " * 60}) for seed in range(99)]
+    (tmp_path / "texts.jsonl").write_text("\n".join([*texts[:7], '{"text": null}', *texts[7:]]) + "\n")
+    arguments = [
+        "--config=configs/prepare_data.py:code", f"--config.data.source={tmp_path}/texts.jsonl",
+        "--config.steps.near_duplicates=None", "--config.steps.difficulty.sample_bytes=20000",
+    ]  # fmt: skip
+    assert run.main([*arguments, f"--workdir={tmp_path}/run", "--config.bad_records_limit=0.02"]) == 0
+    figures = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert figures["documents_read"] == figures["documents"] == 99 and figures["bad_records"] == 1
+    (aside,) = map(json.loads, (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines())
+    assert (aside["where"], aside["reason"]) == ("texts.jsonl:8", "no_text")
+    assert run.main([*arguments, f"--workdir={tmp_path}/strict"]) == 2
+    assert "--config.data: 1 of 100 records are bad, 1.000% where 0.100% may be: no_text 1" in capsys.readouterr().err
+    evaluation = f"--config.steps.decontamination.evaluation=[{{'name': 'a', 'source': '{tmp_path}/texts.jsonl'}}]"
+    assert run.main([*arguments, f"--workdir={tmp_path}/set", "--config.bad_records_limit=1", evaluation]) == 2
+    assert "evaluation set 'a'" in capsys.readouterr().err
+    assert run.main([*arguments, f"--workdir={tmp_path}/none", "--config.bad_records_limit=2"]) == 2
+    assert "bad_records_limit must be a share from 0 to 1, got 2.0" in capsys.readouterr().err
+
+
 def test_code_is_not_judged_as_prose(corpus, tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.jsonl").write_text('{"text": "x = 1"}\n')

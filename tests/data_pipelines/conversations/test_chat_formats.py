@@ -80,6 +80,24 @@ def test_texts_are_those_of_the_renderer_for_templates_from_outside(name, publis
     assert CHAT_FORMATS[name].render(messages, [TOOL, TOOL], True) == expected
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+@hypothesis.settings(max_examples=100, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@hypothesis.given(conversations(answers), tools, st.booleans())
+def test_a_format_in_jinjas_language_makes_the_same_texts(name, messages, tools, prompt):
+    chat_format = CHAT_FORMATS[name]
+    assert _theirs(chat_format.jinja(), messages, tools, prompt)[0][0] == chat_format.render(messages, tools, prompt)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_a_message_lacks_is_left_out_in_jinjas_language_too(name):
+    arguments = {"where": 'S"F', "days": [1, None, True], "x": {"a": None}, "n": -74.0}
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "assistant", "tool_calls": [call, call]}, {"role": "tool", "content": {"a": [None]}}]
+    messages += [{"role": "assistant", "content": None, "thinking": None, "tool_calls": None}]
+    found = render(CHAT_FORMATS[name].jinja(), messages, tools=["plain", TOOL], special_tokens={"bos_token": BOS})
+    assert found == CHAT_FORMATS[name].render(messages, ["plain", TOOL])
+
+
 def test_what_tools_answer_may_be_any_json(published):
     messages = [{"role": "user", "content": "?"}, {"role": "tool", "content": {"degrees": [20, None, "caf\u00e9"]}}]
     for name in ("lfm2", "lfm2_5_instruct"):

@@ -254,6 +254,26 @@ def test_examples_are_kept_as_they_were_encoded(pieces, monkeypatch):
     assert pickle.loads(pickle.dumps(examples)).fingerprint == examples.fingerprint
 
 
+def test_long_conversations_are_rendered_few_at_a_time(pieces, monkeypatch):
+    """By what is rendered of them, which an answer more makes one prompt more."""
+    rendered = []
+
+    class Counting:
+        name, source = "counting", ""
+
+        def render_many(self, renderings):
+            texts = FORMAT.render_many(renderings)
+            rendered.append(sum(map(len, texts)))
+            return texts
+
+    turns = [{"role": "user", "content": "a" * 900}, {"role": "assistant", "content": "b" * 90}] * 10
+    long, short = Conversation(turns), Conversation(turns[:2])
+    monkeypatch.setattr("data_pipelines.conversations.examples._TOGETHER_CHARACTERS", 50_000)
+    examples = encode_conversations([long] * 3 + [short] * 12, pieces[0], Counting())
+    assert examples.conversations == 15
+    assert len(rendered) == 4 and max(rendered) < 150_000  # a long one is 100,000 characters, a short one 2,000
+
+
 def test_fingerprints_differ_where_anything_does():
     one = (np.array([1, 5, 6]), np.array([False, True, True]))
     two = (np.array([1, 7]), np.array([False, True]))

@@ -303,10 +303,12 @@ def test_stages_that_have_not_begun_may_change(sources, tokenizer):
 def test_files_come_by_difficulty(tokenizer, tmp_path):
     texts = [Document(letter * 300, letter, difficulty) for letter, difficulty in zip("abcd", (3.0, 1.0, 4.0, 2.0), strict=True)]
     shards = write_token_shards(texts, tokenizer, tmp_path / "tokens", shard_tokens=1)
-    config = LoaderConfig(seq_len=64, batch_size=1, epochs=1, order="difficulty", window_files=1)
-    batches = training_batches([shards], config, tokenizer, **ONE_HOST)
-    letters = [tokenizer.decode(batch["targets"][0].tolist())[:1] for batch in batches]
-    assert list(dict.fromkeys(letters)) == ["b", "d", "a", "c"]
+    for window in ({}, {"window_files": 1}):  # the second is what the first means
+        config = LoaderConfig(seq_len=64, batch_size=1, epochs=1, order="difficulty", **window)
+        batches = training_batches([shards], config, tokenizer, **ONE_HOST)
+        assert batches.get_state()["order"] == ["difficulty", 1]
+        letters = [tokenizer.decode(batch["targets"][0].tolist())[:1] for batch in batches]
+        assert list(dict.fromkeys(letters)) == ["b", "d", "a", "c"] and letters == sorted(letters, key="bdac".index)
     without = write_token_shards([Document("text", "")], tokenizer, tmp_path / "other")
     with pytest.raises(ValueError, match="order is 'difficulty', but these texts have none; prepare them with"):
         training_batches([without], config, tokenizer, **ONE_HOST)

@@ -1,5 +1,6 @@
 """Rows kept beside the tokens: file by file, made once, gone on with, and refused when they are of something else."""
 
+import errno
 import json
 import pickle
 import shutil
@@ -105,6 +106,17 @@ def test_runs_that_pack_at_the_same_time_do_not_disturb_each_other(shards, monke
     monkeypatch.setattr(packed_shards, "pack_documents", disturbed)
     assert pack_shards(shards, 48).fingerprint == others[0].fingerprint
     assert not [path.name for path in shards.folder.iterdir() if path.name.startswith(".rows")]
+
+
+@pytest.mark.parametrize("error", [FileExistsError("there"), OSError(errno.ENOTEMPTY, "not empty"), FileNotFoundError("gone")])
+def test_a_folder_that_another_run_lets_appear_first_is_read(error, shards, monkeypatch):
+    def second(part, folder):
+        publish(part, folder)
+        raise error
+
+    publish = packed_shards.publish
+    monkeypatch.setattr(packed_shards, "publish", second)
+    assert pack_shards(shards, 48).rows.sum() > 0
 
 
 def test_what_cannot_be_written_is_said(shards, monkeypatch):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import tracemalloc
 
 import hypothesis
 import hypothesis.strategies as st
@@ -105,6 +106,16 @@ def test_little_is_padding_for_real_documents(seq_len, published_data, tmp_path)
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=2000), documents, tmp_path / "tokenizer")
     lengths = np.array([len(ids) for ids in tokenizer.encode_batch(texts)])
     assert pack_documents(lengths, seq_len, 0).pad_share < 0.005
+
+
+def test_memory_grows_with_the_length_of_a_row_and_not_with_its_square():
+    tracemalloc.start()
+    try:
+        pack_documents(np.array([5]), 1 << 15, 0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 256 << 15  # a list for each length and more; a bit for each pair of lengths would be 70 MB
 
 
 def test_a_row_must_have_positions():

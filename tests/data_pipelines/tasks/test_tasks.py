@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from data_pipelines.tasks import TASKS, Problem, pick, task_named
+from data_pipelines.tasks import TASKS, Problem, in_turn, pick, task_named, tasks_named
 from data_pipelines.tasks.task import draw, split_of
 
 EVERY = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -166,6 +166,22 @@ def test_tasks_have_names():
         task_named("arithmetics")
     with pytest.raises(ValueError, match="no task is named 'gsm8k'; there are arithmetic, .*, gsm8k:PATH and reasoning_gym:NAME"):
         task_named("gsm8k")
+
+
+def test_tasks_of_one_name_are_refused(tmp_path):
+    files = [tmp_path / name for name in ("train.jsonl", "test.jsonl")]
+    for file in files:
+        file.write_text(json.dumps({"question": "How many?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}))
+    names = [f"gsm8k:{file}" for file in files]
+    assert [task.name for task in tasks_named(["arithmetic", names[0]])] == ["arithmetic", "gsm8k"]
+    with pytest.raises(ValueError, match="two tasks have one name, of gsm8k, gsm8k; take one of them"):
+        tasks_named(names)
+
+
+def test_each_difficulty_has_the_seeds_from_the_first_on():
+    task = TASKS["arithmetic"]
+    assert list(in_turn(task, 5, (3, 1), 7)) == [(7, 3), (7, 1), (8, 3), (8, 1), (9, 3)]
+    assert list(in_turn(task, 8, (), 0)) == [(0, level) for level in range(1, 7)] + [(1, 1), (1, 2)]
 
 
 def test_a_mixture_has_its_shares_at_any_order_of_names():

@@ -4,6 +4,7 @@ import inspect
 import io
 import json
 import pathlib
+import pickle
 import textwrap
 
 import hypothesis
@@ -116,6 +117,15 @@ def test_batches_are_encoded_as_their_texts_are(trained, converted):
         expected = [tokenizer.encode(text) for text in texts]
         for threads in (None, 1, 3):
             assert tokenizer.encode_batch(texts, threads) == expected
+
+
+def test_a_copy_sent_to_another_process_gives_the_same_ids(trained, converted):
+    """Symbols that a text spells are text there, too."""
+    text = "said <|im_end|> and <|endoftext|>"
+    for tokenizer in (trained, converted):
+        copy = pickle.loads(pickle.dumps(tokenizer))
+        assert copy.encode(text) == tokenizer.encode(text) and copy.fingerprint == tokenizer.fingerprint
+        assert not set(copy.encode(text)) & set(range(len(SYMBOLS)))
 
 
 def test_training_is_deterministic(folder, trained, tmp_path):
