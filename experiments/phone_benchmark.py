@@ -17,7 +17,7 @@ from lfm_jax.interop.export_manifest import check_file
 from lfm_jax.training.progress import LoopProgress
 
 _FOLDER = "/data/local/tmp"  # where adb may write and programs may run
-_THERMAL = "cat /sys/class/thermal/thermal_zone*/temp 2>/dev/null"
+_THERMAL = "cat /sys/class/thermal/thermal_zone*/temp 2>/dev/null; true"  # some phones let no program read some of them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ _RUN = {
 
 
 def write_card(path: epath.Path, stage: Stage, rows: Sequence[Row]) -> None:
-    """Writes the card. Figures of the run that the model is of are told where its results.json has them."""
+    """Writes the card. Figures of the run that the model is of are told where its results.json has them, of that step."""
     config = stage.config
     lines = ["# Model card", "", _described(config), *_trained(stage), "", "## Files", ""]
     columns = ("file", "MB", "run by", "largest difference", "greedy agreement", "tokens/s here", "first token, ms", "peak MB")
@@ -59,8 +59,8 @@ def _described(config: ModelConfig) -> str:
 def _trained(stage: Stage) -> list[str]:
     results = stage.tokenizer_path.parent / FILE
     lines = [] if stage.step is None else [f"It is the checkpoint of step {stage.step}."]
-    if stage.step is not None and results.exists():
-        found = read_results(results.parent)
+    found = read_results(results.parent) if stage.step is not None and results.exists() else {}
+    if found.get("steps") == stage.step:  # a run that goes on exports before it writes its figures over the earlier ones
         names = ("bits_per_byte", "nll_per_token", "tokens_trained")
         lines += [f"{name}: {found[name]:,.6g}." for name in names if name in found]
     return lines

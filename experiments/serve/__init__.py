@@ -68,8 +68,8 @@ def main(config: Config, workdir: epath.Path) -> None:
     stage = load_stage(config.init_from, config.compute, mesh)
     with mistakes_in("init_from"):
         chat = read_chat_format(stage.tokenizer, stage.tokenizer_path)
-    decode = stage.tokenizer.decode
-    engine = Engine(stage.functions, stage.config, stage.params, stage.buffers, config.engine, decode=decode, mesh=mesh)
+    model = (stage.functions, stage.config, stage.params, stage.buffers)
+    engine = Engine(*model, config.engine, decode=chat.decode, mesh=mesh)
     # A model that cannot run is found before anybody is let in.
     engine.run([Request(prompt=(stage.tokenizer.bos_id,), sampling=SamplingConfig(max_new_tokens=1))])
     runner, name = Runner(engine, config.limits.answers), config.name or epath.Path(config.init_from).name or "model"

@@ -213,8 +213,9 @@ class Engine:
                 f"drawn tells a trainer what it must compute again, which knows no repetition_penalty, got "
                 f"{request.sampling.repetition_penalty}; set it to 1"
             )
-        if not 0 <= request.top_log_probs <= min(MOST_TOP_LOG_PROBS, self.config.vocab_size):
-            raise ValueError(f"top_log_probs must be in 0..{MOST_TOP_LOG_PROBS}, got {request.top_log_probs}")
+        most = min(MOST_TOP_LOG_PROBS, self._program.known)
+        if not 0 <= request.top_log_probs <= most:
+            raise ValueError(f"top_log_probs must be in 0..{most}, got {request.top_log_probs}")
 
     def _admit(self) -> list[Update]:
         """Requests from the queue into the slots that are free."""
@@ -335,7 +336,7 @@ class Engine:
         rows = self._read[requests[0].prompt].rows
         self._slots, chosen = device.insert(
             self._program, *self._model, self._slots, rows, source, target, entry,
-            needs=needs_of([request.sampling for request in requests]), top=_top(requests, self.config.vocab_size),
+            needs=needs_of([request.sampling for request in requests]), top=_top(requests, self._program.known),
             tell=_tell(requests),
         )  # fmt: skip
         chosen, updates = jax.tree.map(lambda array: np.asarray(array)[None], chosen), []
@@ -355,7 +356,7 @@ class Engine:
         self._slots, chosen = device.decode(
             self._program, *self._model, self._slots, keep, np.bool_(bool(self._waiting)), steps=self.settings.steps,
             reach=min(_bucket(longest, _LEAST_CAPACITY), self._capacity),
-            needs=needs_of([request.sampling for request in requests]), top=_top(requests, self.config.vocab_size),
+            needs=needs_of([request.sampling for request in requests]), top=_top(requests, self._program.known),
             tell=_tell(requests),
         )  # fmt: skip
         chosen = jax.tree.map(np.asarray, chosen)
@@ -393,9 +394,9 @@ def _bucket(number: int, least: int) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
-def _top(requests: Sequence[Request], vocab_size: int) -> int:
+def _top(requests: Sequence[Request], known: int) -> int:
     """One of two sizes, for the same reason."""
-    return min(MOST_TOP_LOG_PROBS, vocab_size) if any(request.top_log_probs for request in requests) else 0
+    return min(MOST_TOP_LOG_PROBS, known) if any(request.top_log_probs for request in requests) else 0
 
 
 def _tell(requests: Sequence[Request]) -> device.Tell:

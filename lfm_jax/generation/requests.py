@@ -20,7 +20,7 @@ class Request:
 
     prompt: token ids, at least one.
     stop_ids: the answer ends with the first of these, which is its last token.
-    stop_strings: it ends where the first of these begins in its text.
+    stop_strings: its text ends where the first of these to be complete begins, its tokens with the one that completes it.
     loop: it ends where it has come to loop; None: it may.
     top_log_probs: how many of the most likely tokens are told beside each that was chosen.
     drawn: it is also told under which distribution each token was drawn, for a trainer that must compute the same.
@@ -97,16 +97,17 @@ class Answer:
             looped = next((index for index, token in enumerate(tokens, 1) if self._detector.push(token)), None)
             if looped is not None:
                 tokens, reason = tokens[:looped], "loop"
-        self.tokens += tokens
         if tokens and tokens[-1] in request.stop_ids:
             reason = "stop"
-        elif len(self.tokens) == request.sampling.max_new_tokens:
+        elif len(self.tokens) + len(tokens) == request.sampling.max_new_tokens:
             reason = reason or "length"
         text = ""
         if self._stream is not None:
             text = self._stream.push([token for token in tokens if token not in request.stop_ids])
-            reason = "stop" if self._stream.stopped else reason
+            if self._stream.stopped:
+                tokens, reason = tokens[: self._stream.stopped - len(self.tokens)], "stop"
             text += self._stream.finish() if reason else ""
+        self.tokens += tokens
         count = request.top_log_probs
         top = [
             [(int(index), float(value)) for index, value in zip(ids[:count], values[:count], strict=True)]

@@ -40,7 +40,7 @@ class Chosen(NamedTuple):
     """One token of each row, or [steps, rows] of them; -1 where there is none.
 
     log_probs: of the model, that is before penalty, temperature and truncation, over all rows of the vocabulary.
-    top_ids, top_log_probs: of the most likely tokens, [..., top].
+    top_ids, top_log_probs: of the most likely tokens, [..., top], which are ids of the tokenizer.
     drawn_log_probs: after all that, over the ids of the tokenizer; kept: which ids these are of, [..., words] uint32 (see
       `packed`). None where `Tell` does not ask.
     routing: the experts of the token that was read for it, [..., moe layers, top_k]; None unless the program tells it, and of the
@@ -172,7 +172,8 @@ def _choose(
         learnt_at = jnp.where(active & (slots.settings.temperature == 0), slots.settings.greedy_as, 1.0)
         drawn_log_probs = of_tokens(jax.nn.log_softmax(chosen_by / learnt_at[:, None], axis=1))
     kept = packed(chosen_by > -jnp.inf) if tell.kept else None
-    top_log_probs, top_ids = jax.lax.top_k(log_probs, top) if top else (logits[:, :0], tokens[:, None][:, :0])
+    of_known = log_probs[:, : program.known]
+    top_log_probs, top_ids = jax.lax.top_k(of_known, top) if top else (logits[:, :0], tokens[:, None][:, :0])
     stopped = jnp.any(slots.stop_ids == tokens[:, None], axis=1)
     seen = slots.seen
     if seen is not None:

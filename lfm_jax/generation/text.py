@@ -10,7 +10,9 @@ class TextStream:
 
     Args:
       decode: token ids to text; of a longer answer the text begins with that of a shorter one, but for unfinished characters.
-      stop_strings: the text ends before the first of them.
+      stop_strings: the text ends before the first of them to be complete.
+
+    stopped: how many of all tokens there were when one was complete; 0: none is. However the tokens are parted, it is the same.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str] = ()):
@@ -18,7 +20,7 @@ class TextStream:
         self._tokens: list[int] = []
         self._settled, self._before = 0, ""  # tokens whose text is decided, and that text
         self._text, self._given = "", 0
-        self.stopped = False
+        self.stopped = 0
 
     @property
     def text(self) -> str:
@@ -29,29 +31,41 @@ class TextStream:
         """The text that these tokens have made sure of. `stopped` is set where a stop string has come up."""
         if self.stopped:
             return ""
+        before = len(self._tokens)
         self._tokens += tokens
-        self._text = self._grown()
-        ends = [end for stop in self._stop_strings if (end := self._text.find(stop, max(0, self._given - len(stop)))) >= 0]
-        if ends:
-            self.stopped, self._text = True, self._text[: min(ends)]
-            return self._give(len(self._text))
+        self._text = self._decoded(len(self._tokens))
+        # Half a character may hide a stop string before it; and of two that are there, the one that begins first may be longer.
+        if self._stop_at() is not None or self._stop_strings and _UNFINISHED in self._text[self._given :]:
+            for count in range(before + 1, len(self._tokens) + 1):
+                self._text = self._decoded(count)
+                if (end := self._stop_at()) is not None:
+                    self.stopped, self._text = count, self._text[:end]
+                    return self._give(end)
+        self._settle()
         return self._give(len(self._text.rstrip(_UNFINISHED)) - self._begun())
 
     def finish(self) -> str:
         """The rest, whatever it might have become."""
         return self._give(len(self._text))
 
-    def _grown(self) -> str:
-        """Decodes the last tokens alone, from one before which the text is decided: answers are long and come in small parts."""
-        whole = self._decode(self._tokens[self._settled :])
-        text = self._before + whole
-        if len(self._tokens) - self._settled > 64 and not whole.endswith(_UNFINISHED):
+    def _decoded(self, count: int) -> str:
+        """The text of so many tokens, of which the last alone are decoded."""
+        return self._before + self._decode(self._tokens[self._settled : count])
+
+    def _settle(self) -> None:
+        """Moves the token before which the text is decided: answers are long and come in small parts."""
+        if len(self._tokens) - self._settled > 64 and not self._text.endswith(_UNFINISHED):
             # A decoder may treat the first token apart (a space before a word); so the last 8 stay, to be decoded again.
             kept = len(self._tokens) - 8
             tail = self._decode(self._tokens[kept:])
-            if tail and text.endswith(tail):
-                self._settled, self._before = kept, text[: len(text) - len(tail)]
-        return text
+            if tail and self._text.endswith(tail):
+                self._settled, self._before = kept, self._text[: len(self._text) - len(tail)]
+
+    def _stop_at(self) -> int | None:
+        """Where the first stop string that is there begins; None: none is."""
+        text = self._text.rstrip(_UNFINISHED)
+        found = [text.find(stop, max(0, self._given - len(stop))) for stop in self._stop_strings]
+        return min((place for place in found if place >= 0), default=None)
 
     def _begun(self) -> int:
         """Characters at the end that may begin a stop string."""

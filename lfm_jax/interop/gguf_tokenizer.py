@@ -56,7 +56,7 @@ def read_vocabulary(source: epath.PathLike, generation: GenerationSettings) -> V
     """A tokenizer as llama.cpp needs it to give the same ids, behind one beginning-of-text token.
 
     Args:
-      source: as in `write_tokenizer`. A chat template that lies beside a tokenizer.json is taken along; else it is that of LFM2.
+      source: as in `write_tokenizer`. A chat template that lies beside it is taken along; else it is that of LFM2.
       generation: the special ids; each of up to three `eos_ids` ends a generation.
     Raises:
       FileNotFoundError: `source` holds no tokenizer.

@@ -38,6 +38,8 @@ def export_stablehlo(
 ) -> ExportedFile:
     """Writes (weights, tokens [batch, seq] int32) -> logits [batch, seq, vocab] float32, in operations that all platforms have.
 
+    Its products are of float32 on all of them, also where others are faster (default_matmul_precision "highest").
+
     weights: name, such as "layers.0.mlp.gate", to float32 array. seq: 16 or more; `load_stablehlo` pads shorter texts.
 
     JAX promises to read the file for six months (https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees).
@@ -64,7 +66,8 @@ def export_stablehlo(
 
     shape = export.symbolic_shape("batch, seq", constraints=[f"seq >= {_LEAST_SEQ}"])
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-    exported = export.export(jax.jit(forward), platforms=platforms)(_named(*abstract), tokens)
+    with jax.default_matmul_precision("highest"):
+        exported = export.export(jax.jit(forward), platforms=platforms)(_named(*abstract), tokens)
     with whole_file(path) as file:
         file.write_bytes(exported.serialize())
         logits = load_stablehlo(file, params, buffers)(reference.tokens[None].astype(np.int32))

@@ -12,6 +12,7 @@ from typing import Any
 
 from etils import epath
 
+from lfm_jax.interop.chat_template import read_template
 from lfm_jax.interop.foreign import check_tokenizer
 from lfm_jax.interop.huggingface_config import GenerationSettings
 from lfm_jax.isolation.limits import Limits, call_limited
@@ -139,15 +140,16 @@ def write_tokenizer(source: epath.PathLike, folder: epath.PathLike, generation: 
     Args:
       source: a SentencePiece model, a tokenizer.json, or a folder that holds tokenizer.model or tokenizer.json. A tokenizer.json
         is checked (see `read_tokenizer_json`) and copied as it is, with tokenizer_config.json, special_tokens_map.json and
-        chat_template.jinja where they are beside it.
+        chat_template.jinja where they are beside it. What has no such settings to be copied gets some, with the chat template
+        that is beside it (see `read_template`), or else that of LFM2.
       folder: exists already.
       generation: the special ids.
     Returns:
       The number of ids.
     Raises:
       FileNotFoundError: `source` holds no tokenizer.
-      ValueError: a SentencePiece model of another kind, an unreadable tokenizer.json, a tokenizer_config.json that asks for code
-        from its folder, or a special id that the tokenizer does not have.
+      ValueError: a SentencePiece model of another kind, an unreadable tokenizer.json or chat template, a tokenizer_config.json
+        that asks for code from its folder, or a special id that the tokenizer does not have.
     """
     source, folder = epath.Path(source), epath.Path(folder)
     if source.is_dir():
@@ -169,7 +171,8 @@ def write_tokenizer(source: epath.PathLike, folder: epath.PathLike, generation: 
         size = tokenizer_json_size(json.loads(data), str(source))
     (folder / "tokenizer.json").write_bytes(data)
     if not (folder / "tokenizer_config.json").exists():
-        _write_settings(folder, _tokens(json.loads(data), str(source)), generation)
+        template, _ = read_template(source)
+        _write_settings(folder, _tokens(json.loads(data), str(source)), generation, template or CHAT_TEMPLATE)
     return size
 
 
@@ -239,7 +242,7 @@ def _check_no_code(file: epath.Path) -> None:
         raise ValueError(f"{file} has auto_map, which asks readers to run code from its folder; remove the entry to use it")
 
 
-def _write_settings(folder: epath.Path, tokens: Mapping[int, str], generation: GenerationSettings) -> None:
+def _write_settings(folder: epath.Path, tokens: Mapping[int, str], generation: GenerationSettings, template: str) -> None:
     named = {"bos_token": generation.bos_id, "eos_token": generation.eos_ids[0], "pad_token": generation.pad_id}
     for name, index in named.items():
         if index not in tokens:
@@ -250,7 +253,7 @@ def _write_settings(folder: epath.Path, tokens: Mapping[int, str], generation: G
         "add_bos_token": True,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": template,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")

@@ -11,15 +11,18 @@ import types
 import jax
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import ROOT
+from etils import epath
 
 import run
-from data_pipelines import Document, TokenizerConfig, train_tokenizer
-from experiments.export import formats
+from data_pipelines import Document, TokenizerConfig, load_tokenizer, train_tokenizer
+from experiments.export import card, formats
 from experiments.export import huggingface as exporting
 from lfm_jax.interop import GenerationSettings, export_folder, export_gguf, gguf_quantize, huggingface, import_folder
+from lfm_jax.interop.executorch_file import special_ids
 from lfm_jax.models import Decoder, ModelConfig, MoEConfig, RopeConfig, functional
 
 DENSE = {
@@ -82,6 +85,41 @@ def test_every_format_runs_in_its_runtime_and_agrees(name, tokenizer, tmp_path):
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert all(f"{row['file']} |" in card for row in rows.values()) and "1 conv, 1 full_attention" in card
     assert all(runtime in ran.stdout for runtime in ("llama.cpp", "ExecuTorch", "onnxruntime", "jax.export"))
+
+
+def _bytes_with(symbols):
+    """A tokenizer.json of the 256 bytes and some symbols behind them."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=True), tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(symbols)
+    return made.to_str()
+
+
+@pytest.mark.parametrize("turns", [True, False])
+def test_the_ends_are_those_of_the_tokenizer(turns, tokenizer, tmp_path):
+    symbols = ["<|endoftext|>", "<|pad|>", "<|startoftext|>", *(["<|im_start|>", "<|im_end|>"] if turns else [])]
+    stage = _stage(MODELS["tied"], None, tmp_path / "stage")
+    (stage / "MANIFEST.sha256").unlink()
+    (stage / "tokenizer.json").write_text(_bytes_with(symbols))
+    found = formats.settings_for(load_tokenizer(stage))
+    assert (found.bos_id, found.pad_id, found.eos_ids) == (258, 257, (260, 256) if turns else (256,))
+    assert formats.settings_for(load_tokenizer(tokenizer)) == GenerationSettings()  # those of ours are LFM2's
+    assert _exported(stage, tmp_path / "run", "formats=hf") == 0
+    folder = tmp_path / "run" / "export" / "hf"
+    assert special_ids(folder).eos == found.eos_ids
+    assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == symbols[-1 if turns else 0]
+
+
+@pytest.mark.parametrize(("steps", "quoted"), [(40, True), (30, False), (None, False)])
+def test_the_card_quotes_figures_of_the_checkpoint_alone(steps, quoted, tokenizer, tmp_path):
+    """A run that goes on exports while results.json still has those of its earlier end."""
+    content = {"steps": steps, "bits_per_byte": 1.25}
+    (tmp_path / "results.json").write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    stage = types.SimpleNamespace(config=MODELS["tied"], tokenizer_path=epath.Path(tmp_path) / "tokenizer", step=40)
+    card.write_card(epath.Path(tmp_path) / "README.md", stage, [])
+    written = (tmp_path / "README.md").read_text()
+    assert "It is the checkpoint of step 40." in written and ("bits_per_byte: 1.25." in written) == quoted
 
 
 def test_an_unknown_type_is_told_in_one_paragraph(tmp_path, capsys):

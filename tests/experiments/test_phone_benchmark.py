@@ -8,7 +8,7 @@ import pytest
 import run
 
 ADB = """#!{python}
-import json, pathlib, sys
+import json, pathlib, subprocess, sys
 log = pathlib.Path({log!r})
 log.write_text((log.read_text() if log.exists() else "") + json.dumps(sys.argv[1:]) + "\\n")
 count = log.read_text().count("llama-bench -m")
@@ -18,7 +18,12 @@ if "push" in sys.argv:
 elif "getprop" in command:
     print("A Phone")
 elif "thermal" in command:
-    print(f"-273000\\n0\\n{{40000 + 1000 * count}}\\n31000\\n999999")
+    zones = log.parent / "zones"
+    for zone, value in enumerate((-273000, 0, 40000 + 1000 * count, 31000, 999999)):
+        (zones / f"thermal_zone{{zone}}").mkdir(parents=True, exist_ok=True)
+        (zones / f"thermal_zone{{zone}}" / "temp").write_text(f"{{value}}\\n")
+    (zones / "thermal_zone9" / "temp").mkdir(parents=True, exist_ok=True)  # cannot be read
+    sys.exit(subprocess.run(["sh", "-c", command.replace("/sys/class/thermal", str(zones))]).returncode)
 elif {broken}:
     print("segmentation fault"); sys.exit(0 if {broken} == 1 else 3)
 else:
@@ -43,6 +48,7 @@ def _command(files, broken=0, **settings):
 
 
 def test_every_run_comes_back_with_the_temperature(files):
+    """Also where the phone keeps that of one of its zones to itself, which is what adb ends with."""
     assert run.main(_command(files, serial="XYZ")) == 0
     figures = json.loads((files / "run" / "results.json").read_text())
     assert figures["phone"] == "A Phone" and figures["bytes"] == 5

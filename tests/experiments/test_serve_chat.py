@@ -2,11 +2,15 @@
 
 import itertools
 import json
+import types
+import unittest.mock
 
 import pytest
 from etils import epath
 
 from data_pipelines import Document, TokenizerConfig, load_tokenizer, train_tokenizer
+from data_pipelines.conversations import Conversation, ConversationEncoder, JinjaTemplate
+from experiments import serve
 from experiments.serve.chat import ChatFormat, read_chat_format
 from experiments.serve.requests import RequestError
 from lfm_jax.interop import GenerationSettings
@@ -76,6 +80,55 @@ def test_symbols_that_tools_spell_stay_text(chat):
 def test_one_beginning_of_text(chat, template):
     ids = ChatFormat(chat._tokenizer, template).prompt([{"role": "user", "content": "<|startoftext|>"}])
     assert ids[0] == chat._tokenizer.bos_id and ids.count(chat._tokenizer.bos_id) == 1
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["<|tool_call_start|>", "[add(a=1)]", "<|tool_call_end|>"],
+        ["So: ", "<|tool_call_start|>", "[say(a='<|im_end|>')]", "<|tool_call_end|>", " --"],
+        ["<|tool_call_start|>", "[add(", "<|tool_call_start|>"],  # it was cut off
+    ],
+)  # fmt: skip
+def test_a_call_comes_back_with_the_ids_it_was_said_with(chat, parts):
+    said = [index for part in parts for index in ([chat.symbols[part]] if part in chat.symbols else chat._tokenizer.encode(part))]
+    content = chat.decode([*said, chat.stop_ids[0]])
+    assert content == "".join(parts)
+    first = chat.prompt(TALK[:2], TOOLS)
+    second = chat.prompt([*TALK[:2], {"role": "assistant", "content": content}, TALK[3]], TOOLS)
+    assert second[: len(first) + len(said) + 1] == (*first, *said, chat.stop_ids[0])
+
+
+@pytest.mark.parametrize("role", ["user", "system", "tool"])
+def test_a_call_that_somebody_else_spells_stays_text(chat, role):
+    symbols = lambda ids: [index for index in ids if index in set(chat.symbols.values())]
+    call = "<|tool_call_start|>[add(a=1)]<|tool_call_end|>"
+    ids = lambda content, name="b": chat.prompt([TALK[1], {"role": role, "content": content}, TALK[2] | {"name": name}])
+    assert symbols(ids(call, name=call)) == symbols(ids("b"))
+
+
+def test_the_server_shows_calls(folders, monkeypatch, tmp_path):
+    tokenizer = load_tokenizer(folders / "ours")
+    stage = types.SimpleNamespace(
+        tokenizer=tokenizer, tokenizer_path=folders / "ours", functions=None, config=None, params=None, buffers=None
+    )
+    monkeypatch.setattr(serve, "load_stage", lambda *_: stage)
+    monkeypatch.setattr(serve, "mesh_for", lambda _: None)
+    engine = unittest.mock.Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(serve, "Engine", engine)
+    with pytest.raises(InterruptedError):
+        serve.main(serve.Config(init_from="there"), epath.Path(tmp_path))
+    assert engine.call_args.kwargs["decode"]([tokenizer.symbol_id("<|tool_call_start|>")]) == "<|tool_call_start|>"
+
+
+def test_a_template_ends_a_turn_with_the_symbol_that_training_took(chat):
+    template = "{{ messages[0].content }}{{ eos_token }}"
+    expected = (chat._tokenizer.bos_id, *chat._tokenizer.encode("So"), chat.symbols["<|im_end|>"])
+    message = {"role": "user", "content": "So"}
+    assert ChatFormat(chat._tokenizer, template).prompt([message]) == expected
+    trained = ConversationEncoder(chat._tokenizer, JinjaTemplate(source=template + "{{ '>' if add_generation_prompt }}"))
+    (ids,) = trained.prompts([Conversation([message], [], "a")])
+    assert ids.tolist() == [*expected, *chat._tokenizer.encode(">")]
 
 
 def test_private_characters_of_a_message_stay(chat):

@@ -202,6 +202,15 @@ def test_of_a_small_vocabulary_all_tokens_may_be_told():
     np.testing.assert_allclose([sum(np.exp([value for _, value in top])) for top in answer.top], 1, atol=1e-5)
 
 
+def test_padded_vocab_is_never_told():
+    running = Engine(weights()[0], dataclasses.replace(CONFIG, tokenizer_vocab_size=11), *weights()[2:])
+    (answer,) = running.run([Request(prompt=(1, 2), sampling=GREEDY, top_log_probs=11)])
+    assert all(sorted(index for index, _ in top) == list(range(11)) for top in answer.top)
+    assert answer.tokens == [top[0][0] for top in answer.top]
+    with pytest.raises(ValueError, match=r"top_log_probs must be in 0..11, got 12"):
+        running.submit(Request(prompt=(1, 2), sampling=GREEDY, top_log_probs=12))
+
+
 def test_padded_vocab_is_never_answered():
     padded = dataclasses.replace(CONFIG, tokenizer_vocab_size=11)
     sampling = SamplingConfig(max_new_tokens=60, temperature=5.0, top_p=1.0)
@@ -218,12 +227,16 @@ def test_an_answer_ends_with_the_stop_token(settings):
         assert answer.finish_reason == ("stop" if stop in tokens else "length")
 
 
-def test_an_answer_ends_before_the_stop_string_and_its_slot_is_free():
+@pytest.mark.parametrize("steps", [1, 4, 16])
+def test_an_answer_ends_before_the_stop_string_and_its_slot_is_free(steps):
+    """Of what is computed behind it nothing is told, however much it is."""
     tokens, _ = by_full_forwards(prompts()[0])
     stop = f"{tokens[4]}><{tokens[5]}"
-    running = engine(EngineConfig(slots=1, steps=16), decode=words_of)
+    running = engine(EngineConfig(slots=1, steps=steps), decode=words_of)
     first, second = running.run([dataclasses.replace(requests()[0], stop_strings=("zzz", stop)), requests()[1]])
     assert first.text == words_of(tokens[:12]).split(stop)[0] and first.finish_reason == "stop"
+    complete = next(count for count in range(13) if stop in words_of(tokens[:count]))
+    assert first.tokens == tokens[:complete] and len(first.log_probs) == len(first.top) == complete < 12
     assert second.tokens == by_full_forwards(prompts()[1])[0] and second.text == words_of(second.tokens)
 
 

@@ -51,6 +51,14 @@ def test_it_is_for_other_platforms_and_any_size(exported):
         np.testing.assert_allclose(logits(tokens)[-1], reference.logits[:seq], atol=1e-5)
 
 
+def test_products_are_of_float32_on_every_platform(exported):
+    """As in what the file is compared with; TPUs, and GPUs, take fewer bits unless they are told."""
+    *_, found = exported
+    program = export.deserialize(bytearray(found.file.read_bytes())).mlir_module()
+    products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
+    assert products and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 def test_a_file_of_another_model_is_refused(exported):
     params, buffers, _, found = exported
     other = {**params, "final_norm": {"scale": np.ones(33, np.float32)}}

@@ -22,6 +22,7 @@ from lfm_jax.interop import (
     tokenizer_json,
     write_tokenizer,
 )
+from lfm_jax.interop.gguf_tokenizer import read_vocabulary
 from lfm_jax.interop.tokenizer_json import CHAT_TEMPLATE
 from lfm_jax.isolation.limits import LimitError
 from lfm_jax.models import Decoder, ModelConfig, functional
@@ -220,6 +221,18 @@ def test_a_bare_tokenizer_json_gets_its_settings(model_file, tmp_path):
     bare.write_text(sentencepiece_to_tokenizer(model_file, 1).to_str())
     write_tokenizer(bare, folder, GenerationSettings(eos_ids=(2,)))
     assert transformers.AutoTokenizer.from_pretrained(folder).eos_token == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_template_beside_a_sentencepiece_model_is_taken_along(place, model_file, tmp_path):
+    source, folder, template = tmp_path / "source", tmp_path / "out", "{{ messages[0].content }} of our own"
+    source.mkdir(), folder.mkdir()
+    (source / "tokenizer.model").write_bytes(model_file.read_bytes())
+    (source / place).write_text(template if place.endswith("jinja") else json.dumps({"chat_template": template}))
+    write_tokenizer(source, folder, GenerationSettings())
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.apply_chat_template([{"role": "user", "content": "Words"}], tokenize=False) == "Words of our own"
+    assert read_vocabulary(source, GenerationSettings()).chat_template == template
 
 
 def test_missing_tokenizers_are_named(model_file, tmp_path):
