@@ -47,6 +47,7 @@ def get_config(argument: str = "") -> ConfigDict:
             # 256 rows of 512 tokens together took 29 GB with the quickstart's model.
             "train": {
                 "steps": 200, "accumulation": 8, "log_every": 1, "evaluate_every": 20, "checkpoint_every": 20,
+                "best_by": "-accuracy",
                 "watch": {"data": 7200.0},
             },
         }

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 
 from experiments.results import FILE, read_results, write_json
 from lfm_jax.configuration import to_mapping
@@ -25,6 +26,8 @@ def run_stage(stage: types.ModuleType, config: Any, workdir: epath.Path) -> dict
         if first:
             write_json(workdir / _CLOCK, {"seconds": time.monotonic() - begin})
         print(f"{workdir.parent.name}/{workdir.name}: {time.monotonic() - begin:.0f} seconds", flush=True)
+    if jax.process_count() > 1:  # also where this one came so late that the first had ended the stage
+        multihost_utils.sync_global_devices(f"stage {workdir.name}")
     return read_results(workdir)
 
 

@@ -3,13 +3,16 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 
 from data_pipelines import LoaderConfig
+from data_pipelines.conversations import ConversationsConfig, read_conversations
+from data_pipelines.conversations.reading import split_fraction
 from data_pipelines.tasks import Shop
 from data_pipelines.tasks.shop import solve
 from experiments import rl, sft
@@ -23,6 +26,7 @@ from lfm_jax.configuration import ConfigError, from_mapping, mistakes_in
 from lfm_jax.training import OptimizerConfig, TrainConfig
 
 _EXAMPLES = "examples"
+_HELD_OUT_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,8 @@ class Config:
     """run: the workdir of a run of reinforcement learning that has a cold.json.
 
     source: of the examples: "solutions", the generator's worked ones; "rollouts", what the run's own policy got right, in its
-      probes or in the rollouts that are kept. conversations: of each cold environment, at most.
+      probes or in the rollouts that are kept. conversations: of each cold environment, at most. A tenth of their questions is
+      held out of the fine-tuning; where that would be none or all of an environment's, as few as can be.
     loader, optimizer, train: of the fine-tuning, which starts from the run's model.
     rl_steps: of the reinforcement learning after it, which has the run's settings otherwise; None: as many as the run had.
     """
@@ -58,7 +63,8 @@ def main(config: Config, workdir: epath.Path) -> None:
     tuned = sft.Config(
         init_from=config.run,
         data=ConversationSources(
-            sources=tuple(str(_file(workdir, name)) for name in cold), held_out_share=0.1, chat_format=before.rollouts.chat_format
+            sources=tuple(str(_file(workdir, name)) for name in cold), held_out_share=_held_out_share(workdir, cold),
+            chat_format=before.rollouts.chat_format,
         ),
         loader=config.loader, optimizer=config.optimizer, train=config.train, compute=before.compute, mesh=before.mesh,
     )  # fmt: skip
@@ -138,6 +144,32 @@ def _write_examples(
         part.write_text("".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
         part.replace(path)
     return len(examples)
+
+
+def _held_out_share(workdir: epath.Path, names: Iterable[str]) -> float:
+    """By which each environment's examples have questions of both splits.
+
+    Raises:
+      ConfigError: there is none: an environment has too few questions.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("examples")  # the first process writes them
+    fractions = {}
+    for name in names:
+        where = ConversationsConfig(source=str(_file(workdir, name)), held_out_share=1.0)
+        with mistakes_in("source"):
+            fractions[name] = {split_fraction(example.messages) for example in read_conversations(where, "held_out")}
+    if all(min(each) < _HELD_OUT_SHARE <= max(each) for each in fractions.values()):
+        return _HELD_OUT_SHARE
+    least = max(map(min, fractions.values()))  # must be held out, and is with any share above
+    share = min((fraction for each in fractions.values() for fraction in each if fraction > least), default=1.0)
+    without = [name for name, each in fractions.items() if max(each) < share]
+    if without:
+        raise ConfigError(
+            f"--config.source: the examples in {without[0]} are of so few different questions, {len(fractions[without[0]])}, "
+            "that all would be held out and none learnt; take source=solutions, or more conversations"
+        )
+    return share
 
 
 def _solutions(source: Source, difficulty: int, count: int) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from etils import epath
 from data_pipelines import Quarantine, Tokenizer
 from data_pipelines.conversations import (
     CHAT_FORMATS,
+    ChatFormat,
     ConversationsConfig,
     Examples,
     JinjaTemplate,
@@ -33,7 +34,7 @@ class ConversationSources:
     sources: files, folders or patterns of .jsonl, .jsonl.gz or .jsonl.zst (see `ConversationsConfig`), one for each part of a
       mixture. held_out_share: the share of each that is measured and not trained on.
     chat_format: "lfm2", "lfm2_5", "lfm2_5_instruct", or a file of a template in Jinja's language; "auto": the template that
-      comes with the tokenizer, or lfm2 where none does.
+      comes with the tokenizer, or lfm2 where none does. One that is named comes with the tokenizer of what is fine-tuned by it.
     bad_records_limit: the share of records that may be unreadable or refused by the template; the quarantine lists them.
     """
 
@@ -71,21 +72,30 @@ def find_template(chat_format: str, tokenizer_path: epath.Path) -> Template:
     Raises:
       ConfigError: there is no format or file of this name.
     """
-    if chat_format == "auto":
-        source, special = read_template(tokenizer_path)
-        if source is None or source == CHAT_TEMPLATE:  # what our own tokenizers carry, written faster
-            return CHAT_FORMATS["lfm2"]
-        named = JinjaTemplate(source=source)
-        return dataclasses.replace(named, name=f"the template of {tokenizer_path}", special_tokens=named.special_tokens | special)
     if chat_format in CHAT_FORMATS:
         return CHAT_FORMATS[chat_format]
+    source, special = read_template(tokenizer_path)
+    special = JinjaTemplate(source="").special_tokens | special
+    if chat_format == "auto":
+        known = {known.jinja(): known for known in CHAT_FORMATS.values()}  # what our own tokenizers carry, written faster
+        known |= dict.fromkeys((None, CHAT_TEMPLATE), CHAT_FORMATS["lfm2"])
+        if source in known:
+            return known[source]
+        return JinjaTemplate(source=source, name=f"the template of {tokenizer_path}", special_tokens=special)
     file = epath.Path(chat_format)
     if not chat_format.endswith(_JINJA) or not file.exists():
         raise ConfigError(
             f"chat_format {chat_format!r} is neither a format nor a file *{_JINJA} that is there. "
             f"{nearest(chat_format, [*CHAT_FORMATS, 'auto'])}"
         )
-    return JinjaTemplate(source=file.read_text(), name=chat_format)
+    return JinjaTemplate(source=file.read_text(), name=chat_format, special_tokens=special)
+
+
+def keep_template(template: Template, tokenizer_path: epath.Path) -> None:
+    """Writes it into the folder of a workdir's tokenizer, where "auto", exports and the next stage find it."""
+    if jax.process_index() == 0:
+        source = template.jinja() if isinstance(template, ChatFormat) else template.source
+        (tokenizer_path / "chat_template.jinja").write_text(source)
 
 
 def prepare_conversations(

@@ -31,10 +31,9 @@ from experiments.accounting import run_accounted
 from experiments.conversations import ConversationSources, find_template
 from experiments.export import ExportConfig
 from experiments.fine_tuning import Measure, begin, fine_tune
-from experiments.stages import TOKENIZER, Stage
+from experiments.stages import TOKENIZER, Stage, check_evaluation_batches, flops_by_step
 from lfm_jax.configuration import mistakes_in, to_mapping
 from lfm_jax.models import ComputeConfig
-from lfm_jax.models.accounting import training_flops_per_token
 from lfm_jax.models.functional import Tree
 from lfm_jax.models.low_rank import LowRankConfig
 from lfm_jax.sharding import MeshConfig
@@ -42,6 +41,7 @@ from lfm_jax.training import (
     OptimizerConfig,
     PreferenceConfig,
     TrainConfig,
+    as_fed,
     host_part,
     make_eval_step,
     make_log_probs_step,
@@ -90,6 +90,7 @@ class Config:
             raise ValueError("reference is 'none', but this loss has one; set preference.reference_free, or precompute it")
         if self.block < 1:
             raise ValueError(f"block must be at least 1 token, got {self.block}")
+        check_evaluation_batches(self.evaluation_batches)
         make_schedule(self.optimizer.schedule, self.optimizer.learning_rate, self.train.steps)  # refuses what does not fit
 
 
@@ -120,7 +121,7 @@ def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:
     figures = fine_tune(
         config, workdir, ledger, beginning, batches=batches, measure=measure,
         objective=preference_objective(config.preference, block=config.block),
-        flops=training_flops_per_token(before.config, config.loader.seq_len),
+        flops=flops_by_step(before.config, config.loader),
     )  # fmt: skip
     return figures | _figures_of_training(config, workdir, pairs)
 
@@ -180,7 +181,8 @@ def _reference(rows: PairRows, batch_size: int, log_probs_of: Callable, mesh: Me
         made = rows.make(places)
         here = made[index * mine : (index + 1) * mine]
         batch = {name: np.stack([row[name] for row in here]) for name in here[0]}
-        for row, *both in zip(made, *jax.device_get(log_probs_of(place_batch(batch, mesh))), strict=True):
+        of_batch = jax.device_get(log_probs_of(place_batch(batch, mesh)))
+        for row, *both in zip(made, *(as_fed(each, mesh) for each in of_batch), strict=True):
             for prefix, log_probs in zip(("", "rejected_"), both, strict=True):
                 found.append(log_probs[row[f"{prefix}loss_mask"] > 0])
     return np.concatenate(found)

@@ -92,18 +92,18 @@ def fine_tune(
     batches: DatasetIterator,
     objective: Objective,
     measure: Measure,
-    flops: float,
+    flops: Callable[[int], float],
 ) -> dict[str, Any]:
     """Trains to `config.train.steps` and exports; measures all that is held out before and after, and some of it on the way.
 
     Args:
       config: with loader, optimizer, train, evaluation_batches and export.
-      flops: of training, for what counts as a token in the objective.
+      flops: of each training step, for what counts as a token in the objective.
     Returns:
       What `measure` says at the end, and under NAME_before what it said at first; resumed_at_step; trained_parameters, how many
       there are; the figures of the export.
     Raises:
-      ConfigError: there are fewer batches than steps.
+      ConfigError: there are fewer batches than steps; or the best checkpoints are to go by a figure that is not measured.
     """
     steps, mesh, before = config.train.steps, beginning.mesh, beginning.stage
     if steps > len(batches):
@@ -113,6 +113,7 @@ def fine_tune(
         )
     with ledger.kind("evaluation"):
         at_first = measure(before.params, before.buffers, None)
+    config.train.score(at_first)  # refuses
     trained = train(
         config.train,
         functions=before.functions,

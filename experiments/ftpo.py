@@ -24,7 +24,7 @@ from experiments.accounting import run_accounted
 from experiments.export import ExportConfig
 from experiments.fine_tuning import Measure, begin, fine_tune
 from experiments.json_lines import read_lines
-from experiments.stages import Stage
+from experiments.stages import Stage, check_evaluation_batches
 from lfm_jax.configuration import ConfigError, mistakes_in, to_mapping
 from lfm_jax.generation import MOST_TOP_LOG_PROBS
 from lfm_jax.models import ComputeConfig
@@ -36,6 +36,7 @@ from lfm_jax.training import (
     FinalTokenConfig,
     OptimizerConfig,
     TrainConfig,
+    as_fed,
     final_token_objective,
     host_part,
     make_eval_step,
@@ -95,6 +96,7 @@ class Config:
                 "pairs are of one source and come shuffled and as they are: leave loader.order, weights, stages and "
                 "fill_in_the_middle as they are by default"
             )
+        check_evaluation_batches(self.evaluation_batches)
         make_schedule(self.optimizer.schedule, self.optimizer.learning_rate, self.train.steps)  # refuses what does not fit
 
 
@@ -172,9 +174,10 @@ def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:
             batches = training_batches_of(one, one, config.loader, process_index=index, process_count=count)
         measure = _measure(config, held_out, before, mesh)
     logits = 6 * before.config.vocab_size * before.config.embed_dim  # of one token: a pair has no more, which is left out here
+    flops = training_flops_per_token(before.config, length) - logits
     figures = fine_tune(
         config, workdir, ledger, beginning, batches=batches, objective=final_token_objective(config.loss), measure=measure,
-        flops=training_flops_per_token(before.config, length) - logits,
+        flops=lambda step: flops,
     )  # fmt: skip
     return figures | counts | _figures_of_training(config, workdir)
 
@@ -262,7 +265,7 @@ def _with_reference(config: Config, rows: FinalTokenRows, before: Stage, mesh: M
         batch = {name: np.stack([row[name] for row in mine]) for name in mine[0]}
         with mistakes_in("mesh"):
             placed = place_batch(batch, mesh)
-        logits = jax.device_get(step(before.params, before.buffers, placed))
+        logits = as_fed(jax.device_get(step(before.params, before.buffers, placed)), mesh)
         found[first : first + size] = logits[: len(found) - first]
     model = [fingerprints(before.params), fingerprints(before.buffers), to_mapping(before.config), to_mapping(config.compute)]
     return rows.with_reference(found, hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest())

@@ -25,6 +25,7 @@ from experiments.conversations import find_template
 from experiments.stages import Stage, load_stage
 from lfm_jax.configuration import mistakes_in
 from lfm_jax.models import ComputeConfig
+from lfm_jax.models.functional import Tree
 from lfm_jax.sharding import MeshConfig, make_mesh, shard_count
 from lfm_jax.training.cross_entropy import linear_log_probs
 
@@ -233,15 +234,15 @@ class LikelihoodJudge:
         self._encoder = ConversationEncoder(stage.tokenizer, find_template("auto", stage.tokenizer_path))
 
         @jax.jit
-        def sums(tokens: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-            model = stage.functions.bind(stage.params, stage.buffers)
+        def means(params: Tree, buffers: Tree, tokens: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+            model = stage.functions.bind(params, buffers)
             segment_ids = jnp.ones_like(tokens)
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
             hidden = model(tokens, segment_ids, positions).hidden
             log_probs = linear_log_probs(hidden, model.head, targets, block=_LOGIT_BLOCK)
             return jnp.sum(log_probs * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1.0)
 
-        self._means = sums
+        self._means = means
 
     def score(self, prompt: Conversation, responses: Sequence[str]) -> list[Opinion]:
         """As in `Judge`, in nats a token. There is no score where the template refuses it, or it is longer than the context."""
@@ -278,7 +279,7 @@ class LikelihoodJudge:
         for row, (ids, answer) in enumerate(texts):
             tokens[row, : len(ids) - 1], targets[row, : len(ids) - 1], mask[row, : len(ids) - 1] = ids[:-1], ids[1:], answer[1:]
         with jax.set_mesh(self._mesh):
-            return np.asarray(self._means(tokens, targets, mask))[: len(texts)]
+            return np.asarray(self._means(self._stage.params, self._stage.buffers, tokens, targets, mask))[: len(texts)]
 
 
 def make_jury(config: JuryConfig, compute: ComputeConfig, mesh: MeshConfig) -> list[Judge]:

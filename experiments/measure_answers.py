@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from data_pipelines.conversations import Conversation
-from data_pipelines.tasks import Split, Task, task_named
+from data_pipelines.tasks import Gsm8k, Split, Task, in_turn, tasks_named
 from experiments.answering import Answerer
 from experiments.preference_data import answer_seed
 from experiments.results import write_results
@@ -31,9 +31,10 @@ _95_PERCENT = statistics.NormalDist().inv_cdf(0.975)
 class Config:
     """init_from: the model, a workdir or a Hugging Face folder.
 
-    tasks: by name, or gsm8k:PATH. problems: of each task, of the difficulties in turn (none: all of the task's) and of the seeds
-    from `seed` on. split: of them. temperatures: at each of which every problem is answered once; 0: the most likely tokens.
-    max_new_tokens: of an answer. chat_format: as in `ConversationSources`. mesh: over the devices of one host.
+    tasks: by name, or gsm8k:PATH. problems: of each task, of the difficulties in turn (none: all of the task's) and of each the
+    seeds from `seed` on; fewer of a file that has fewer, as each of its own is asked once. split: of them. temperatures: at each
+    of which every problem is answered once; 0: the most likely tokens. max_new_tokens: of an answer. chat_format: as in
+    `ConversationSources`. mesh: over the devices of one host.
     """
 
     init_from: str
@@ -81,23 +82,29 @@ def main(config: Config, workdir: epath.Path) -> None:
         (workdir / "answers.jsonl").write_text("".join(json.dumps(each) + "\n" for each in answers))
     rows = measure(answers)
     (workdir / "answers.md").write_text(markdown(rows))
-    write_results(workdir, {"checkpoint_step": stage.step, "answers": len(answers), "rows": rows}, config)
+    counts = {"problems": len(asked), "answers": len(answers)}
+    write_results(workdir, {"checkpoint_step": stage.step, **counts, "rows": rows}, config)
     print(markdown(rows))
 
 
 def questions(names: Sequence[str], problems: int, difficulties: Sequence[int], split: Split, seed: int) -> list[Question]:
-    """So many problems of each task.
+    """So many problems of each task. Those of a file are as many as there are, and none is asked twice; those that are drawn are
+    drawn each by itself.
 
     Raises:
-      ValueError: a task of no such name or difficulty.
+      ValueError: a task of no such name or difficulty, or two of one name.
     """
     found: list[Question] = []
-    for name in names:
-        task = task_named(name)
-        each = difficulties or tuple(range(1, task.max_difficulty + 1))
-        for number in range(problems):
-            problem = task.sample(seed + number, each[number % len(each)], split)
-            conversation = Conversation(problem.messages, problem.tools or (), f"{name}, seed {seed + number}")
+    for name, task in zip(names, tasks_named(names), strict=True):
+        of_file: set[str] = set()
+        for at, difficulty in in_turn(task, problems, difficulties, seed):
+            problem = task.sample(at, difficulty, split)
+            if isinstance(task, Gsm8k):
+                question = problem.messages[-1]["content"]
+                if question in of_file:
+                    continue
+                of_file.add(question)
+            conversation = Conversation(problem.messages, problem.tools or (), f"{name}, difficulty {difficulty}, seed {at}")
             found.append(Question(len(found), task, conversation, problem.reference))
     return found
 

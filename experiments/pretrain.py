@@ -26,7 +26,9 @@ from experiments.prepared_data import PreparedText, prepare_rows, prepare_split,
 from experiments.stages import (
     TOKENIZER,
     Stage,
+    check_evaluation_batches,
     fit_vocabulary,
+    flops_by_step,
     load_stage,
     mesh_for,
     model_functions,
@@ -35,7 +37,7 @@ from experiments.stages import (
 from lfm_jax.configuration import ConfigError, mistakes_in, to_mapping
 from lfm_jax.generation import Engine, Request, SamplingConfig
 from lfm_jax.models import ComputeConfig, FunctionalModel, ModelConfig
-from lfm_jax.models.accounting import parameter_groups, training_flops_per_token
+from lfm_jax.models.accounting import parameter_groups
 from lfm_jax.models.functional import Tree
 from lfm_jax.sharding import MeshConfig
 from lfm_jax.training import (
@@ -93,6 +95,7 @@ class Config:
             raise ValueError("give model, to start anew, or init_from, to go on from a trained one")
         if self.data is None and not self.tokens_from:
             raise ValueError("give data.source, the text to train on, or tokens_from, workdirs of tokenized text")
+        check_evaluation_batches(self.evaluation_batches)
         make_schedule(self.optimizer.schedule, self.optimizer.learning_rate, self.train.steps)  # refuses what does not fit
 
 
@@ -110,8 +113,6 @@ def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:
     model = fit_vocabulary(_architecture(config, before), tokenizer)
     write_model_config(workdir, model)
     functions = model_functions(model, config.compute)
-    with mistakes_in("mesh"):
-        check_mesh(functions, mesh)
     index, count = host_part(mesh)
     with mistakes_in("loader"):
         batches = training_batches(text.train, config.loader, tokenizer, process_index=index, process_count=count)
@@ -132,7 +133,7 @@ def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:
         run_config=to_mapping(config),
         evaluate=lambda params, buffers: measure(params, buffers, config.evaluation_batches),
         initial=None if before is None else (before.params, before.buffers),
-        flops_per_token=training_flops_per_token(model, config.loader.seq_len),
+        flops_per_token=flops_by_step(model, config.loader),
         ledger=ledger,
     )
     watch.lap("training")
@@ -160,6 +161,8 @@ def _prepare(config: Config, workdir: epath.Path) -> tuple[Mesh, Stage | None, P
     for batch_size, seq_len in config.loader.shapes():
         mesh = mesh_for(config.mesh, batch_size, config.train.accumulation, seq_len)
     before = None if config.init_from is None else load_stage(config.init_from, config.compute, mesh)
+    with mistakes_in("mesh"):
+        check_mesh(model_functions(_architecture(config, before), config.compute), mesh)
     text = _text(config, workdir, before)
     for _, seq_len in config.loader.shapes():
         for shards in text.train:
@@ -187,10 +190,13 @@ def _text(config: Config, workdir: epath.Path, before: Stage | None) -> Prepared
 def _measure(
     config: Config, text: PreparedText, functions: FunctionalModel, mesh: Mesh
 ) -> Callable[[Tree, Tree, int | None], dict[str, float]]:
-    """(params, buffers, most batches) -> figures of the held-out text; from the second source on they have its name."""
+    """(params, buffers, most batches) -> figures of the held-out text; from the second source on they have its name, with its
+    number where several have the same."""
     shape = config.loader.seq_len, config.loader.batch_size, mesh
     parts = [HeldOut(shards, text.tokenizer, functions, *shape) for shards in text.held_out]
-    names = ["", *(f"_of_{epath.Path(workdir).name}" for workdir in config.tokens_from[1:])]
+    plain = [epath.Path(workdir).name for workdir in config.tokens_from[1:]]
+    numbered = (name if plain.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(plain, 1))
+    names = ["", *(f"_of_{name}" for name in numbered)]
 
     def measure(params: Tree, buffers: Tree, most_batches: int | None) -> dict[str, float]:
         return {

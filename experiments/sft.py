@@ -11,13 +11,18 @@ from jax.sharding import Mesh
 from data_pipelines import LoaderConfig
 from data_pipelines.conversations import Examples, PackedConversations, conversation_batches, conversation_evaluation_batches
 from experiments.accounting import run_accounted
-from experiments.conversations import ConversationSources, PreparedConversations, prepare_conversations, source_figures
+from experiments.conversations import (
+    ConversationSources,
+    PreparedConversations,
+    keep_template,
+    prepare_conversations,
+    source_figures,
+)
 from experiments.export import ExportConfig
 from experiments.fine_tuning import Measure, begin, fine_tune
-from experiments.stages import Stage
+from experiments.stages import Stage, check_evaluation_batches, flops_by_step
 from lfm_jax.configuration import mistakes_in
 from lfm_jax.models import ComputeConfig
-from lfm_jax.models.accounting import training_flops_per_token
 from lfm_jax.models.functional import Tree
 from lfm_jax.models.low_rank import LowRankConfig
 from lfm_jax.sharding import MeshConfig
@@ -61,6 +66,7 @@ class Config:
     def __post_init__(self):
         if self.loader.weights and len(self.loader.weights) != len(self.data.sources):
             raise ValueError(f"loader.weights has {len(self.loader.weights)} shares for {len(self.data.sources)} data.sources")
+        check_evaluation_batches(self.evaluation_batches)
         make_schedule(self.optimizer.schedule, self.optimizer.learning_rate, self.train.steps)  # refuses what does not fit
 
 
@@ -74,6 +80,8 @@ def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:
         beginning = begin(config, workdir)
         mesh, before, tokenizer = beginning
         text = prepare_conversations(config.data, workdir, tokenizer, before.tokenizer_path)
+        if config.data.chat_format != "auto":
+            keep_template(text.template, before.tokenizer_path)
         index, count = host_part(mesh)
         with mistakes_in("loader"):
             batches = conversation_batches(text.train, config.loader, tokenizer, process_index=index, process_count=count)
@@ -81,7 +89,7 @@ def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:
             packed = [PackedConversations(examples, config.loader.seq_len) for examples in text.train]
     figures = fine_tune(
         config, workdir, ledger, beginning, batches=batches, objective=next_token_objective(config.loss), measure=measure,
-        flops=training_flops_per_token(before.config, config.loader.seq_len),
+        flops=flops_by_step(before.config, config.loader),
     )  # fmt: skip
     return figures | _figures_of_training(config, workdir, text.train, packed)
 

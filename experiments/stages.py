@@ -1,7 +1,9 @@
 """A stage is a folder with a trained model: the workdir of a run, or a Hugging Face folder. The next stage starts from it."""
 
+import bisect
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,11 +12,12 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from data_pipelines import Tokenizer, load_tokenizer
+from data_pipelines import LoaderConfig, Tokenizer, load_tokenizer
 from experiments.results import write_json
 from lfm_jax.configuration import ConfigError, from_mapping, mistakes_in, to_mapping
 from lfm_jax.interop import import_folder, is_model_folder, read_config
 from lfm_jax.models import ComputeConfig, Decoder, FunctionalModel, ModelConfig, functional
+from lfm_jax.models.accounting import training_flops_per_token
 from lfm_jax.models.functional import Tree
 from lfm_jax.models.low_rank import LowRankConfig, LowRankModel, adapt
 from lfm_jax.sharding import MeshConfig, dealt_order, make_mesh, parameter_sharding, shard_count
@@ -56,6 +59,19 @@ def mesh_for(config: MeshConfig, batch_size: int | None = None, accumulation: in
         if seq_len is not None:
             dealt_order(seq_len, shard_count("seq", mesh))  # raises where it does not divide
     return mesh
+
+
+def check_evaluation_batches(count: int | None) -> None:
+    """Raises ValueError if there are none, so that there is nothing to measure. count: None: all there are."""
+    if count is not None and count < 1:
+        raise ValueError(f"evaluation_batches must be at least 1, or None, got {count}")
+
+
+def flops_by_step(config: ModelConfig, loader: LoaderConfig) -> Callable[[int], float]:
+    """Of a step, from 1 on, the model FLOPs of training on a token: rows of another stage are of another length."""
+    starts = [stage.from_step for stage in loader.stages]
+    flops = [training_flops_per_token(config, seq_len) for _, seq_len in loader.shapes()]
+    return lambda step: flops[bisect.bisect_right(starts, step - 1)]
 
 
 def model_functions(config: ModelConfig, compute: ComputeConfig) -> FunctionalModel:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from etils import epath
 from rich.progress import track
 
-from data_pipelines.tasks import task_named
+from data_pipelines.tasks import in_turn, tasks_named
 from experiments.results import write_results
 from lfm_jax.configuration import mistakes_in
 
@@ -18,7 +18,7 @@ class Config:
     """tasks: names of tasks, or gsm8k:PATH; each gets a file of so many `conversations`.
 
     difficulties: that are drawn, each as often; none: all that a task has. split: never meets the other one. seed: of the first
-    problem, the others have the numbers behind it.
+    problem of each difficulty, the others have the numbers behind it.
     """
 
     tasks: tuple[str, ...]
@@ -37,9 +37,10 @@ def main(config: Config, workdir: epath.Path) -> None:
     folder = workdir / "conversations"
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
-    for name in config.tasks:
+    with mistakes_in("tasks"):
+        tasks = tasks_named(config.tasks)
+    for task in tasks:
         with mistakes_in("tasks"):
-            task = task_named(name)
             part = folder / f".{task.name}.jsonl"
             with part.open("w") as file:
                 for record in track(_records(config, task), description=task.name, total=config.conversations):
@@ -49,9 +50,7 @@ def main(config: Config, workdir: epath.Path) -> None:
 
 
 def _records(config: Config, task: Any) -> Iterator[dict[str, Any]]:
-    difficulties = config.difficulties or tuple(range(1, task.max_difficulty + 1))
-    for number in range(config.conversations):
-        seed, difficulty = config.seed + number, difficulties[number % len(difficulties)]
+    for seed, difficulty in in_turn(task, config.conversations, config.difficulties, config.seed):
         problem = task.sample(seed, difficulty, config.split)
         if problem.solution is None:
             raise ValueError(f"{task.name} has no worked solutions, so there is nothing to learn from it by imitation")

@@ -61,22 +61,28 @@ def render(
 
 
 def _check_fit(config: Any, piece: Slice, slices: int) -> None:
-    """Raises ConfigError for what every process would find out on the slices: see `experiments.stages.mesh_for`.
+    """Raises ConfigError for what every process would find out on the slices: see `experiments.stages.mesh_for`, and of a model
+    that is described, `check_mesh`.
 
-    Of training on batches alone: others have no rows that must divide, or a mesh of each machine's own.
+    Of training on batches alone: others make their rows themselves, or have a mesh of each machine's own.
     """
     if not (hasattr(config, "mesh") and hasattr(config, "loader")):
         return
     from jax.sharding import AbstractMesh
 
-    from lfm_jax.sharding import AXES, mesh_sizes
+    from experiments.stages import model_functions
+    from lfm_jax.sharding import AXES, dealt_order, mesh_sizes, shard_count
     from lfm_jax.sharding.chips import CHIPS
-    from lfm_jax.training.step import check_rows
+    from lfm_jax.training import check_mesh, check_rows
 
     devices = piece.chips * CHIPS[piece.generation].devices_per_chip * slices
     with mistakes_in("mesh"):
-        sizes = mesh_sizes(config.mesh, devices, slices)
-        check_rows(config.loader.batch_size, config.train.accumulation, AbstractMesh(tuple(sizes), AXES))
+        mesh = AbstractMesh(tuple(mesh_sizes(config.mesh, devices, slices)), AXES)
+        for batch_size, seq_len in config.loader.shapes():
+            check_rows(batch_size, config.train.accumulation, mesh)
+            dealt_order(seq_len, shard_count("seq", mesh))
+        if getattr(config, "model", None) is not None:
+            check_mesh(model_functions(config.model, config.compute), mesh)
 
 
 def _job(name: str, settings: LaunchConfig, workdir: str, arguments: Sequence[str]) -> _Job:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from data_pipelines.conversations import Conversation, ConversationsConfig, read_conversations
-from data_pipelines.tasks import Split, Task, task_named
+from data_pipelines.tasks import Split, Task, in_turn, task_named
 
 
 class Prompt(NamedTuple):
@@ -23,8 +23,8 @@ class Prompt(NamedTuple):
 class Source(NamedTuple):
     """Which prompts there are.
 
-    tasks: by name, or gsm8k:PATH; of each so many `prompts`, of the difficulties in turn (none: all of the task's) and of the
-    seeds from `seed` on. conversations: files, folders or patterns of JSON lines; the prompt of one is what stands before its
+    tasks: by name, or gsm8k:PATH; of each so many `prompts`, of the difficulties in turn (none: all of the task's) and of each
+    the seeds from `seed` on. conversations: files, folders or patterns of JSON lines; the prompt of one is what stands before its
     last answer. held_out_share: of them (see `ConversationsConfig`), which is left out, or, of the split "held_out", taken.
     """
 
@@ -58,9 +58,7 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 def _prompts(source: Source) -> Iterator[tuple[Conversation, dict[str, Any], Task | None, Any]]:
     for name in source.tasks:
         task = task_named(name)
-        difficulties = source.difficulties or tuple(range(1, task.max_difficulty + 1))
-        for number in range(source.prompts):
-            seed, difficulty = source.seed + number, difficulties[number % len(difficulties)]
+        for seed, difficulty in in_turn(task, source.prompts, source.difficulties, source.seed):
             problem = task.sample(seed, difficulty, source.split)
             about = {"task": name, "difficulty": difficulty, "seed": seed, "split": source.split}
             named = Conversation(problem.messages, problem.tools or (), f"{name}, difficulty {difficulty}, seed {seed}")

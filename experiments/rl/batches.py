@@ -22,7 +22,7 @@ from lfm_jax.models import ModelConfig
 from lfm_jax.models.functional import Tree
 from lfm_jax.sharding import shard_count
 from lfm_jax.sharding.context import CHUNKS
-from lfm_jax.training import host_part, place_batch
+from lfm_jax.training import as_fed, host_part, place_batch
 
 COLD = "cold.json"
 LogProbsStep = Callable[[Tree, Tree, dict[str, jax.Array]], jax.Array]
@@ -263,7 +263,8 @@ class RolloutBatches:
                 batch = self._arrays(some)
                 if model is self._trainer.reference or not self._trainer.replay_routing:
                     batch.pop("routing", None)
-                rows = np.asarray(self._trainer.log_probs(*model, place_batch(batch, self._trainer.mesh)))
+                found = self._trainer.log_probs(*model, place_batch(batch, self._trainer.mesh))
+                rows = as_fed(np.asarray(found), self._trainer.mesh)
                 mine = len(rows) // self._part[1]
                 with_log_probs(some, name, rows[self._part[0] * mine :][:mine])
         self._files.write(self._batch, self._now.records)

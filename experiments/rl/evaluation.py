@@ -48,7 +48,7 @@ class HeldOutProblems:
     def _answers(self) -> list[dict[str, Any]]:
         index, count = host_part(self._mesh)
         wanted = [
-            (name, number, difficulties[number % len(difficulties)], temperature)
+            (name, number, number // len(difficulties), difficulties[number % len(difficulties)], temperature)
             for name, start in self._environments.items()
             for difficulties in [self._config.difficulties or (start,)]
             for number in range(index, self._config.problems, count)
@@ -57,6 +57,6 @@ class HeldOutProblems:
         mine = [
             {"environment": name, "temperature": temperature, "correct": told["parts"]["correct"], "ending": told["ending"],
              "tokens": told["tokens"]}
-            for (name, _, _, temperature), told in zip(wanted, self._maker.held_out(wanted), strict=True)
+            for (name, *_, temperature), told in zip(wanted, self._maker.held_out(wanted), strict=True)
         ]  # fmt: skip
         return [answer for part in everywhere(mine, self._mesh) for answer in part]

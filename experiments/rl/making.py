@@ -112,11 +112,11 @@ class Maker:
             "raise seq_len, lower max_new_tokens, or take another difficulty"
         )
 
-    def held_out(self, wanted: Sequence[tuple[str, int, int, float]]) -> list[dict[str, Any]]:
-        """The answers to held-out problems, each of (environment, number, difficulty, temperature): all together."""
-        drawn_ones = self._draw([(name, number, difficulty) for name, number, difficulty, _ in wanted], "held_out", 1)
+    def held_out(self, wanted: Sequence[tuple[str, int, int, int, float]]) -> list[dict[str, Any]]:
+        """The answers to held-out problems, each of (environment, number, seed, difficulty, temperature): all together."""
+        drawn_ones = self._draw([(name, seed, difficulty) for name, _, seed, difficulty, _ in wanted], "held_out", 1)
         episodes = []
-        for (name, number, _, temperature), drawn in zip(wanted, drawn_ones, strict=True):
+        for (name, number, *_, temperature), drawn in zip(wanted, drawn_ones, strict=True):
             key = (self._seed, "held_out", name, number)
             episodes.append(Episode(drawn["environments"][0], drawn["problem"], drawn["prompt"], temperature, key))
         play(episodes, self._answerer, self._rollouts)

@@ -37,7 +37,8 @@ def decoded_routing(text: str, shape: tuple[int, int]) -> np.ndarray:
 
 
 class Files:
-    """The batches in a workdir's folder rollouts/: a file for each, NNNNNN.jsonl, a prompt a line; of several hosts each its own.
+    """The batches in a workdir's folder rollouts/: a file for each, NNNNNN.jsonl, a prompt a line; of several hosts each its own,
+    NNNNNN-0-of-4.jsonl. So hosts of another number than before read what those have left, and replace none of it.
 
     Args:
       part: (index, count) of this host among those that have prompts of their own.
@@ -58,6 +59,8 @@ class Files:
           ValueError: they are not there.
         """
         paths = [self._folder / f"{batch:06d}{_ending(part, parts)}" for part in range(parts)]
+        if parts > 1 and not any(path.exists() for path in paths):  # of a run from before the number was in the name
+            paths = [self._folder / f"{batch:06d}-{part}.jsonl" for part in range(parts)]
         found = {record["slot"]: record for path in paths if path.exists() for record in read_lines(path)}
         missing = [slot for slot in slots if slot not in found]
         if missing:
@@ -80,7 +83,7 @@ class Files:
 
 
 def _ending(part: int, parts: int) -> str:
-    return ".jsonl" if parts == 1 else f"-{part}.jsonl"
+    return ".jsonl" if parts == 1 else f"-{part}-of-{parts}.jsonl"
 
 
 def longest(records: Sequence[dict[str, Any]]) -> int:

@@ -36,7 +36,12 @@ PROJECTED = "projected"  # the name by which rematerialisation knows what `proje
 
 
 def project(
-    x: jax.Array, weight: jax.Array, contracted: int = 1, dtype: jnp.dtype | None = None, matmul: Matmul = "plain"
+    x: jax.Array,
+    weight: jax.Array,
+    contracted: int = 1,
+    dtype: jnp.dtype | None = None,
+    matmul: Matmul = "plain",
+    precision: str | None = None,
 ) -> jax.Array:
     """x times weight: `jnp.tensordot(x, weight, contracted)`, its gradients as matmuls that no layout makes slow.
 
@@ -46,34 +51,42 @@ def project(
 
     Args:
       x: [batch, seq, *inner]; weight: [*inner, *outer]; contracted: the number of inner axes; dtype: of the result, that of x
-        if None; matmul: in which numbers (see `ComputeConfig`); dtype is for "plain" alone.
+        if None; matmul: in which numbers (see `ComputeConfig`); precision: of the product and its gradients, "highest" where
+        TPUs are not to round float32 to bfloat16. dtype and precision are for "plain" alone.
     Returns:
       [batch, seq, *outer].
     """
     if matmul != "plain":
         return checkpoint_name(quantized_tensordot(x, weight, contracted, matmul), PROJECTED)
-    return checkpoint_name(_tensordot(x, weight, contracted, dtype), PROJECTED)
+    return checkpoint_name(_tensordot(x, weight, contracted, dtype, precision), PROJECTED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _tensordot(x: jax.Array, weight: jax.Array, contracted: int, dtype: jnp.dtype | None) -> jax.Array:
-    return jnp.tensordot(x, weight, contracted, preferred_element_type=dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _tensordot(x: jax.Array, weight: jax.Array, contracted: int, dtype: jnp.dtype | None, precision: str | None) -> jax.Array:
+    return jnp.tensordot(x, weight, contracted, precision=precision, preferred_element_type=dtype)
 
 
-def _tensordot_forward(x: jax.Array, weight: jax.Array, contracted: int, dtype: jnp.dtype | None):
-    return _tensordot(x, weight, contracted, dtype), (x, weight)
+def _tensordot_forward(x: jax.Array, weight: jax.Array, contracted: int, dtype: jnp.dtype | None, precision: str | None):
+    return _tensordot(x, weight, contracted, dtype, precision), (x, weight)
 
 
-def _tensordot_backward(contracted: int, dtype: jnp.dtype | None, saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
+def _tensordot_backward(
+    contracted: int,
+    dtype: jnp.dtype | None,
+    precision: str | None,
+    saved: tuple[jax.Array, jax.Array],
+    gradient: jax.Array,
+):
     x, weight = saved
+    product = functools.partial(jnp.tensordot, precision=precision)
     rows = tuple(range(x.ndim - contracted))
     outer = tuple(range(contracted, weight.ndim))
     outer_of_gradient = tuple(range(len(rows), gradient.ndim))
-    by_x = jnp.tensordot(gradient, weight, (outer_of_gradient, outer), preferred_element_type=x.dtype)
+    by_x = product(gradient, weight, (outer_of_gradient, outer), preferred_element_type=x.dtype)
     if target_platform() == "cpu" and shard_count("seq") == 1:  # rows of a sequence that devices share are no one axis
         x, gradient = (array.reshape(-1, *array.shape[len(rows) :]) for array in (x, gradient))
         rows = (0,)
-    return by_x, jnp.tensordot(x, gradient, (rows, rows), preferred_element_type=weight.dtype)
+    return by_x, product(x, gradient, (rows, rows), preferred_element_type=weight.dtype)
 
 
 _tensordot.defvjp(_tensordot_forward, _tensordot_backward)

@@ -177,7 +177,8 @@ class MoE(nnx.Module):
     """Router and experts (LFM2-MoE; transformers `Lfm2MoeSparseMoeBlock`).
 
     Scores are sigmoids of the router's logits. The top k are chosen on score + bias and weighted by the scores alone, divided by
-    their sum (+ 1e-6) if `normalize_weights`, times `scaling_factor`. The router works in float32.
+    their sum (+ 1e-6) if `normalize_weights`, times `scaling_factor`. The router works in float32, and so do its
+    products, which TPUs would take in bfloat16 by default.
     """
 
     def __init__(self, embed: int, config: MoEConfig, compute: ComputeConfig, *, residual_gain: float, rngs: nnx.Rngs):
@@ -198,7 +199,7 @@ class MoE(nnx.Module):
           replayed: experts in place of the router's choice, [batch, seq, top_k] int32, those of a token all negative where it
             goes as the router says. Their weights are made of the router's own scores, and have its gradient, either way.
         """
-        logits = project(x.astype(jnp.float32), self.router[...])
+        logits = project(x.astype(jnp.float32), self.router[...], precision="highest")
         scores = jax.nn.sigmoid(logits)
         choice = scores + self.expert_bias[...][None, None, :] if self.config.expert_bias else scores
         _, chosen = jax.lax.top_k(jax.lax.stop_gradient(choice), self.config.experts_per_token)

@@ -11,7 +11,7 @@ been measured here. Most are about collectives, and on one GPU each moved a step
 """
 
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
 import jax
@@ -77,6 +77,7 @@ _CHECKER = {
     "xla_tpu_enable_sdc_checker": "true", "xla_tpu_sdc_check_repeat_count": "2", "xla_tpu_sdc_check_halt_on_detection": "true"
 }  # fmt: skip
 _TPU_V5P = "TPU v5"
+_DETERMINISTIC = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops")
 
 
 def checker_for(device: jax.Device) -> dict[str, str]:
@@ -88,6 +89,16 @@ def checker_for(device: jax.Device) -> dict[str, str]:
     if device.device_kind != _TPU_V5P:
         raise ValueError(f"the compiler's checker can be had for TPU v5p alone, not for {device.device_kind}; leave it None")
     return _CHECKER
+
+
+def repeats_exactly(device: jax.Device, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a program that runs twice on a sound device gives the same bits.
+
+    On GPUs XLA adds up a scatter by atomics, in any order (the gradient of an embedding is one), unless `XLA_FLAGS` has one of
+    `--xla_gpu_deterministic_ops` and `--xla_gpu_exclude_nondeterministic_ops` (xla/xla.proto).
+    """
+    given = dict(argument.lstrip("-").partition("=")[::2] for argument in environment.get("XLA_FLAGS", "").split())
+    return device.platform != "gpu" or any(given.get(name, "false").lower() in ("", "true", "1") for name in _DETERMINISTIC)
 
 
 def flags_for(generation: str, slices: int = 1) -> dict[str, str]:

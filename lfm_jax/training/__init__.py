@@ -34,7 +34,7 @@ from lfm_jax.training.preference_objective import make_log_probs_step, preferenc
 from lfm_jax.training.replicas import SilentCorruption
 from lfm_jax.training.schedule import ScheduleConfig, make_schedule
 from lfm_jax.training.state import TrainState, abstract_state, check_mesh, init_state
-from lfm_jax.training.step import check_rows, host_part, make_eval_step, make_train_step, place_batch
+from lfm_jax.training.step import as_fed, check_rows, host_part, make_eval_step, make_train_step, place_batch
 from lfm_jax.training.stopping import Interrupted
 from lfm_jax.training.trouble import TrainingDiverged, TroubleConfig
 
@@ -42,8 +42,8 @@ __all__ = [
     "Advantages", "Answers", "Batch", "BatchIterator", "CheckpointError", "CheckpointWarning", "Checkpoints", "FinalTokenConfig",
     "Interrupted", "LossConfig", "MetricsWriter", "Objective", "ObservingBatchIterator", "OptimizerConfig", "PairLosses",
     "PolicyGradientConfig", "PolicySums", "PreferenceConfig", "Rollouts", "ScheduleConfig", "SilentCorruption", "Sums", "Totals",
-    "TrainConfig", "TrainState", "Trained", "TrainingDiverged", "TroubleConfig", "abstract_state", "check_mesh", "check_rows",
-    "evaluate_loss", "final_token_losses", "final_token_objective", "group_advantages", "host_part", "init_state",
+    "TrainConfig", "TrainState", "Trained", "TrainingDiverged", "TroubleConfig", "abstract_state", "as_fed", "check_mesh",
+    "check_rows", "evaluate_loss", "final_token_losses", "final_token_objective", "group_advantages", "host_part", "init_state",
     "make_eval_step", "make_final_token_logits_step", "make_log_probs_step", "make_optimizer", "make_policy_log_probs_step",
     "make_schedule", "make_train_step", "next_token_objective", "overlong_penalty", "place_batch", "policy_gradient_member",
     "policy_gradient_sums", "policy_objective", "preference_losses", "preference_member", "preference_objective", "read_metrics",

@@ -3,20 +3,21 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from lfm_jax.configuration import ConfigError, mistakes_in
+from lfm_jax.configuration import ConfigError, mistakes_in, nearest
 from lfm_jax.models import FunctionalModel
 from lfm_jax.models.functional import Tree
 from lfm_jax.sharding import peers
-from lfm_jax.sharding.flags import checker_for
+from lfm_jax.sharding.flags import checker_for, repeats_exactly
 from lfm_jax.training.checkpoint import Checkpoints
 from lfm_jax.training.goodput import Ledger, Span
 from lfm_jax.training.metrics import MetricsWriter
@@ -70,7 +71,7 @@ class TrainConfig:
     expert_bias_rate: step of the load balance of a mixture of experts (see `make_train_step`).
     log_every, evaluate_every, checkpoint_every: steps between two records, evaluations, checkpoints; the last step has each.
     keep_checkpoints: that many of the newest stay; keep_every: those of every so many steps stay as well; keep_best: and that
-      many of those with the lowest `best_by`, a figure of the evaluation at that step.
+      many of those with the lowest `best_by`, a figure of the evaluation at that step; "-NAME": with the highest NAME.
     convert_dtypes: a checkpoint with leaves of other dtypes, e.g. of the optimizer's moments, is converted instead of refused.
     trouble: what is done about spikes and numbers that are not finite. watch: how long a process may be silent, or take for what.
     compare_replicas_every: steps between two comparisons of what several devices hold copies of; each checkpoint has one, too.
@@ -106,9 +107,25 @@ class TrainConfig:
         for name in at_least_1:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.device_check_every is not None and self.device_check_every < 1:
-            raise ValueError(f"device_check_every must be at least 1, or None, got {self.device_check_every}")
+        for name in ("keep_every", "device_check_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, or None, got {value}")
+        if self.keep_best < 0:
+            raise ValueError(f"keep_best must not be negative, got {self.keep_best}")
         check_trackers(self.trackers)
+
+    def score(self, figures: Mapping[str, float]) -> float | None:
+        """Of a checkpoint at whose step an evaluation has found these figures: the lower, the better; None where there was none.
+
+        Raises:
+          ConfigError: keep_best goes by another figure.
+        """
+        name = self.best_by.removeprefix("-")
+        if self.keep_best and figures and name not in figures:
+            raise ConfigError(f"--config.train.best_by: the evaluation has no figure {name!r}. {nearest(name, figures)}")
+        value = figures.get(name)
+        return -value if value is not None and name != self.best_by else value
 
 
 class Trained(NamedTuple):
@@ -130,7 +147,7 @@ def train(
     run_config: dict[str, Any],
     evaluate: Evaluate | None = None,
     initial: tuple[Tree, Tree] | None = None,
-    flops_per_token: float | None = None,
+    flops_per_token: Callable[[int], float] | None = None,
     ledger: Ledger | None = None,
 ) -> Trained:
     """Trains to `config.steps`, from where the workdir's newest good checkpoint is.
@@ -139,11 +156,13 @@ def train(
       batches: its state goes into the checkpoints, so that the next batch after a restart is the one that would have come.
       run_config: what a checkpoint says of the run it is from.
       evaluate: (params, buffers) -> figures, logged as eval/NAME.
-      initial: (params, buffers) to begin with instead of random ones; the arrays are taken over, and gone afterwards.
-      flops_per_token: model FLOPs of a training step, for the MFU; shown where the chip's peak is known.
+      initial: (params, buffers) to begin with instead of random ones; the arrays are gone from the first step on, also where
+        the run goes on from a checkpoint.
+      flops_per_token: model FLOPs of each training step, from 1 on, for the MFU; shown where the chip's peak is known.
       ledger: where the run's time is booked; None: one of the loop's own.
 
     Raises:
+      ConfigError: the data ends too early, or keep_best goes by a figure that no evaluation has.
       TrainingDiverged: the loss or the gradient of a step is not finite, or too often. The checkpoints are of steps before.
       SilentCorruption: devices differ where they should not; the checkpoints are of steps before.
       Interrupted: SIGTERM or SIGINT came; the step that was running has been finished and saved. A second one ends at once.
@@ -228,19 +247,20 @@ class _Run:
 
     def begin(self) -> int:
         """At 1. the run's own newest checkpoint that verifies; 2. the given parameters; 3. random ones. Returns the step."""
-        if self._restored():
-            self._ledger.begin(self.step)
-            return self.step
-        self._ledger.begin(0)
         functions, optimizer, _, _, mesh, initial = self._parts
-        self.state = init_state(functions, optimizer, mesh, self._config.seed)
-        if initial is not None:
-            place = lambda own, given: jax.device_put(given, own.sharding)
-            params, buffers = jax.tree.map(place, (self.state.params, self.state.buffers), initial)
-            self.state = self.state._replace(params=params, buffers=buffers)
-        if "roll_back" in (self._config.trouble.non_finite, self._config.trouble.spike):
+        restored = self._restored()
+        self._ledger.begin(self.step)
+        if not restored:
+            self.state = init_state(functions, optimizer, mesh, self._config.seed)
+            if initial is not None:
+                self.state = self.state._replace(params=None, buffers=None)  # there need not be room for two
+                params, buffers = _copied(initial, (self._abstract.params, self._abstract.buffers))
+                self.state = self.state._replace(params=params, buffers=buffers)
+        for leaf in jax.tree.leaves(initial):
+            leaf.delete()
+        if not restored and "roll_back" in (self._config.trouble.non_finite, self._config.trouble.spike):
             self._save(None)  # or the first steps would have nothing to go back to
-        return 0
+        return self.step
 
     def advance(self, profiler: Profiler) -> bool:
         """Hands the next step to the device, and looks at the one before; False if that made it go back."""
@@ -280,10 +300,11 @@ class _Run:
             with self._at("evaluation", self.step):
                 figures = evaluate(self.state.params, self.state.buffers)
             self.record.evaluated(self.step, figures)
+        score = config.score(figures)
         if saving:
             with self._at("save", self.step):
                 self.record.sync()
-            self._save(figures.get(config.best_by))
+            self._save(score)
         elif self.step % config.compare_replicas_every == 0:
             self._compare()
         return True
@@ -362,9 +383,14 @@ class _Run:
     def _replay(self, step: int) -> None:
         """Computes the gradient of a step that was left out twice more: a device that is broken answers otherwise each time.
 
-        The parameters are those of now; they may have moved by the one step that had been handed over meanwhile.
+        The parameters are those of now; they may have moved by the one step that had been handed over meanwhile. Where sound
+        devices may answer otherwise, too (see `repeats_exactly`), nothing is computed, and no verdict given.
         """
         mesh = self._parts.mesh
+        if not repeats_exactly(mesh.devices.flat[0]):
+            flag = "XLA_FLAGS=--xla_gpu_deterministic_ops"
+            self.say(f"step {step} is not computed twice more: without {flag} a sound GPU may answer otherwise")
+            return
         batch = place_batch(self._watchman.batch(step), mesh)
         with self._at("compile", step, kind="recovery"):
             arguments = self.state.params, self.state.buffers, np.int32(step - 1), batch
@@ -403,6 +429,12 @@ class _Run:
         self._watchman.left_out += left_out
         self.record.begin(self.step)
         self.say(f"went back to step {self.step}; {left_out} batches are left out")
+
+
+def _copied(tree: Tree, like: Tree) -> Tree:
+    """In arrays of their own, sharded like others: `device_put` may leave a part of the new one where the old one is."""
+    copy = lambda tree: jax.tree.map(jnp.copy, tree)
+    return jax.jit(copy, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(tree)
 
 
 _KINDS = {"data": "data_wait", "compile": "step"}  # jax says itself how long it compiles

@@ -21,7 +21,7 @@ class Record:
     Args:
       open_writer: step -> where figures of the steps after it are written.
       start: the step after which it begins.
-      flops_per_token: for the MFU, shown where the chip's peak is known.
+      flops_per_token: of a step's tokens, for the MFU, shown where the chip's peak is known.
       ledger: whose shares are figures, too.
     """
 
@@ -31,24 +31,24 @@ class Record:
         start: int,
         steps: int,
         log_every: int,
-        flops_per_token: float | None,
+        flops_per_token: Callable[[int], float] | None,
         progress: LoopProgress,
         ledger: Ledger,
     ):
         self._open_writer, self._steps, self._log_every, self._progress = open_writer, steps, log_every, progress
         self._ledger = ledger
         chip = chip_of(jax.devices()[0])
-        known = chip is not None and flops_per_token is not None
-        self._flops_share = flops_per_token / (jax.device_count() * chip.flops) if known else None
+        self._flops_per_token = flops_per_token if chip is not None else None
+        self._peak = jax.device_count() * chip.flops if chip is not None else None
         self._writer: MetricsWriter | None = None
-        # Tokens and seconds since the last record; None until the first step, which compiles, is over.
+        # When the last record was; None until the first step, which compiles, is over.
         self._since: float | None = None
         self.begin(start)
 
     def begin(self, step: int) -> None:
         """Goes on after `step`, which may be an earlier one."""
         self._waiting: tuple[int, dict[str, jax.Array]] | None = None
-        self._tokens, self._since = 0.0, None
+        self._tokens, self._flops, self._since = 0.0, 0.0, None
         self.close()
         if jax.process_index() == 0:
             self._writer = self._open_writer(step)
@@ -77,6 +77,8 @@ class Record:
             self._since = now
         elif math.isfinite(values.get("tokens", math.nan)):
             self._tokens += values["tokens"]
+            if self._flops_per_token is not None:
+                self._flops += values["tokens"] * self._flops_per_token(step)
         return step, values
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -88,10 +90,10 @@ class Record:
         if self._tokens and now > self._since:
             rate = values["tokens_per_second"] = self._tokens / (now - self._since)
             text += f"  {rate:,.0f} tokens/s"
-            if self._flops_share is not None:
-                values["model_flops_utilization"] = rate * self._flops_share
+            if self._flops_per_token is not None:
+                values["model_flops_utilization"] = self._flops / (now - self._since) / self._peak
                 text += f"  MFU {values['model_flops_utilization']:.1%}"
-        self._since, self._tokens = now, 0.0
+        self._since, self._tokens, self._flops = now, 0.0, 0.0
         if self._writer is not None:
             figures = {f"train/{name}": value for name, value in values.items() if math.isfinite(value)}
             goodput = {f"goodput/{row['kind']}": row["share"] for row in table(self._ledger.seconds()) if row["share"]}
@@ -104,7 +106,7 @@ class Record:
             self._writer.write(step, {f"eval/{name}": value for name, value in figures.items()})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self._progress.print(f"step {step}: held-out {shown}")
-        self._since, self._tokens = time.monotonic(), 0.0
+        self._since, self._tokens, self._flops = time.monotonic(), 0.0, 0.0
 
     def sync(self) -> None:
         """See `MetricsWriter.sync`."""

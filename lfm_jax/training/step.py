@@ -79,7 +79,8 @@ def make_replay(
 ) -> Callable[[Tree, Tree, jax.Array, Batch], tuple[Tree, jax.Array]]:
     """The jitted first half of a step, (params, buffers, step, batch) -> (gradient, loss), sums over the batch. Nothing changes.
 
-    Run twice with the same arguments it gives the same bits, or a device does not compute what it should.
+    Run twice with the same arguments it gives the same bits (on GPUs: see `repeats_exactly`), or a device does not compute what
+    it should.
 
     Args:
       shardings: of the parameters in the state.
@@ -135,7 +136,8 @@ def make_eval_step(functions: FunctionalModel, objective: Objective, mesh: Mesh)
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """This host's rows as part of the global batch, whose rows and sequences are split over the devices.
 
-    The arrays are [rows, ...] or [rows, seq, ...]; the sequences are dealt as `lfm_jax.sharding.context` says.
+    The arrays are [rows, ...] or [rows, seq, ...]; the sequences are dealt as `lfm_jax.sharding.context` says. A host's rows need
+    not lie beside each other in the global batch: what is computed of them is brought back into their order by `as_fed`.
 
     Raises:
       ValueError: the rows do not divide over the devices, the sequences not over those of `context`, or see `host_part`.
@@ -152,13 +154,29 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     return {name: place(rows) for name, rows in batch.items()}
 
 
-@functools.lru_cache
 def host_part(mesh: Mesh) -> tuple[int, int]:
     """(index, count): which part of a batch's rows this host feeds, of how many. Hosts that share sequences feed the same part.
 
     Raises:
       ValueError: the parts of two hosts overlap without being the same.
     """
+    index, parts = _parts(mesh)
+    return index, len(parts)
+
+
+def as_fed(rows: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """What was computed of a global batch, [rows, ...], in the order in which its rows were fed: part after part of `host_part`.
+
+    In the batch itself a part's rows lie where its devices are in the mesh: on TPU slices those of a host may be, of 16, the
+    shards 0, 1, 6 and 15.
+    """
+    shards = [shard for part in _parts(mesh)[1] for shard in part]
+    return rows.reshape(len(shards), rows.shape[0] // len(shards), *rows.shape[1:])[shards].reshape(rows.shape)
+
+
+@functools.lru_cache
+def _parts(mesh: Mesh) -> tuple[int, list[tuple[int, ...]]]:
+    """(index of this host's, all): the parts of a batch's rows, each the row shards that a host's devices hold, ascending."""
     shards = shard_count("batch", mesh)
     held: dict[int, set[int]] = collections.defaultdict(set)
     for device, (rows,) in activation_sharding(mesh, ("batch",)).devices_indices_map((shards,)).items():
@@ -169,7 +187,7 @@ def host_part(mesh: Mesh) -> tuple[int, int]:
             f"some of {len(held)} hosts share a part of their rows, of data x fsdp x expert = {shards} parts; let context x "
             "tensor be a multiple or a divisor of a host's devices"
         )
-    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+    return parts.index(tuple(sorted(held[jax.process_index()]))), parts
 
 
 def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:

@@ -32,6 +32,7 @@ class TroubleConfig:
     back: the checkpoint must be of at least so many steps before. ahead: so many batches after the troubled one are left out too.
     limit: the run ends when more steps than that are skipped within a window, or at one roll-back more than that in all.
     replay: the gradient of a step that was left out is computed twice more and compared: a broken device may give two answers.
+      On GPUs only with --xla_gpu_deterministic_ops in XLA_FLAGS: sound ones may do so without.
     """
 
     non_finite: Literal["stop", "skip", "roll_back"] = "stop"
@@ -177,5 +178,7 @@ class Watchman:
             record = {"step": step, "batch": step + self.left_out, "time": round(time.time(), 3), "action": action}
             record |= {name: number(value) for name, value in zip(_WATCHED, seen, strict=True)}
             record |= {f"usual_{name}": number(bound) for name, bound in zip(_WATCHED, bounds, strict=True)}
-            with self._file.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            # Whole, and under another name first: gcsfs takes appending for writing anew.
+            told, part = self._file.read_text() if self._file.exists() else "", self._file.parent / f".{FILE}"
+            part.write_text(told + json.dumps(record) + "\n")
+            part.replace(self._file)

@@ -8,6 +8,7 @@ from etils import epath
 
 import run
 from data_pipelines import LoaderConfig
+from data_pipelines.conversations import ConversationsConfig, read_conversations
 from data_pipelines.tasks import Shop, task_named
 from experiments import cold_start, rl, sft
 from experiments.cold_start import Config
@@ -18,6 +19,8 @@ from lfm_jax.training import TrainConfig
 
 LOADER, TRAIN = LoaderConfig(seq_len=64, batch_size=8), TrainConfig(steps=4)
 COLD = {"difficulty": 2, "verdict": "absent", "prompts": [{"solved": None, "tools": None}]}
+_SAID = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}] for answer in "ab"]
+ONE = COLD | {"prompts": [{"solved": chat, "tools": None} for chat in _SAID]}  # two answers to one question
 
 
 @pytest.fixture
@@ -104,8 +107,11 @@ def test_the_shop_is_started_with_whole_episodes(cold, stages, tmp_path):
 
 def test_what_the_policy_got_right_is_taken_once_and_the_best_first(cold, stages, tmp_path):
     said = lambda text: [{"role": "assistant", "content": text}]
-    asked = [{"role": "user", "content": "?"}]
-    probe = [{"solved": [*asked, *said("probed")], "tools": None}, {"solved": None, "tools": None}]
+    asked, other = ([{"role": "user", "content": content}] for content in "?!")
+    probe = [
+        {"solved": [*asked, *said("probed")], "tools": None}, {"solved": [*other, *said("another")], "tools": None},
+        {"solved": None, "tools": None},
+    ]  # fmt: skip
     folder = cold(arithmetic=COLD | {"verdict": "rare", "prompts": probe})
     answer = lambda text, correct, reward: {"parts": {"correct": correct}, "reward": reward, "messages": said(text)}
     record = {"messages": asked, "tools": None, "answers": [answer("wrong", 0.0, 0.0), answer("probed", 1.0, 0.5)]}
@@ -116,7 +122,30 @@ def test_what_the_policy_got_right_is_taken_once_and_the_best_first(cold, stages
     )  # fmt: skip
     start(folder, tmp_path / "again", source="rollouts")
     examples = lines(tmp_path / "again" / "examples" / "arithmetic.jsonl")
-    assert [example["messages"][-1]["content"] for example in examples] == ["probed", "fair"]
+    assert [example["messages"][-1]["content"] for example in examples] == ["probed", "another", "fair"]
+
+
+def probed(*questions):
+    """What is known of a cold environment whose probe was right once in each of these."""
+    chats = [[{"role": "user", "content": each}, {"role": "assistant", "content": "So."}] for each in questions]
+    return COLD | {"verdict": "rare", "prompts": [{"solved": chat, "tools": None} for chat in chats]}
+
+
+@pytest.mark.parametrize("words", ["c d", "c d e", "f g h i j k"])
+def test_of_few_questions_there_are_some_to_learn_and_some_to_measure(cold, stages, tmp_path, words):
+    """In each environment; a share of 0.1, by the questions' hashes, would leave one split empty."""
+    folder = cold(arithmetic=probed(*words.split()), word_problems=probed(*words.upper().split()))
+    start(folder, tmp_path / "again", source="rollouts")
+    data = stages[0][1].data
+    for source in data.sources:
+        where = ConversationsConfig(source=source, held_out_share=data.held_out_share)
+        learnt, measured = (len(list(read_conversations(where, split))) for split in ("train", "held_out"))
+        assert learnt + measured == len(words.split()) and learnt >= 1 and measured >= 1
+
+
+def test_of_many_questions_a_tenth_is_measured(cold, stages, tmp_path):
+    start(cold(arithmetic=COLD), tmp_path / "again", conversations=100)
+    assert stages[0][1].data.held_out_share == 0.1
 
 
 @pytest.mark.parametrize(
@@ -124,6 +153,7 @@ def test_what_the_policy_got_right_is_taken_once_and_the_best_first(cold, stages
     [
         ({}, {}, "has no cold environment in cold.json; there is nothing to be started"),
         ({"arithmetic": COLD}, {"source": "rollouts"}, "0 of the answers in arithmetic that are kept were right"),
+        ({"arithmetic": ONE}, {"source": "rollouts"}, "of so few different questions, 1, that all would be held out"),
     ],
 )
 def test_there_must_be_something_to_start_with(cold, stages, tmp_path, found, changes, message):

@@ -1,8 +1,10 @@
 """From pairs of answers to a model that prefers, as a user does it, and what is refused on the way."""
 
+import itertools
 import json
 import math
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -12,11 +14,12 @@ import run
 from data_pipelines import Document, TokenizerConfig, load_tokenizer, train_tokenizer
 from data_pipelines.conversations import CHAT_FORMATS, ConversationsConfig
 from data_pipelines.conversations.preferences import encode_preferences, read_preferences
+from experiments import dpo
 from experiments.stages import load_stage, mesh_for
 from lfm_jax.interop import export_folder
 from lfm_jax.models import ComputeConfig, Decoder, ModelConfig, functional
 from lfm_jax.sharding import MeshConfig
-from lfm_jax.training import Checkpoints, read_metrics
+from lfm_jax.training import Checkpoints, read_metrics, step
 
 MODEL = ModelConfig(
     vocab_size=320, embed_dim=32, layer_types=("conv", "full_attention"), num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64,
@@ -102,6 +105,29 @@ def test_it_begins_with_log_2_on_a_mesh_of_all_kinds(folder, tuned, tmp_path):
         for where in (folder / "run", tmp_path / "run")
     )
     assert other[0] == pytest.approx(math.log(2), abs=1e-5) and other == pytest.approx(one, abs=1e-4)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_each_pair_gets_its_own_reference_where_the_rows_of_hosts_interleave(monkeypatch, part):
+    """Two hosts: of each four rows of a global batch the first one's are 0 and 3."""
+    monkeypatch.setattr(step, "_parts", lambda mesh: (part, [(0, 3), (1, 2)]))
+    monkeypatch.setattr(dpo, "place_batch", lambda batch, mesh: batch)
+    first = itertools.count(0, 4)
+
+    def log_probs_of(batch):
+        """Of all hosts' rows: the pair's number and a half for the chosen answer, its negative for the rejected one."""
+        fed = next(first) + np.arange(4)
+        assert batch["number"].tolist() == [min(number, 6) for number in np.split(fed, 2)[part]]
+        placed = fed[[0, 2, 3, 1], None] + 0.5
+        return placed, -placed
+
+    def make(places):
+        mask = lambda place: np.ones(1) * (place is not None)
+        return [{"number": 6 if each is None else each.row, "loss_mask": mask(each), "rejected_loss_mask": mask(each)}
+                for each in places]  # fmt: skip
+
+    found = dpo._reference(types.SimpleNamespace(counts=range(6), make=make), 4, log_probs_of, None)
+    assert found.tolist() == [sign * (number + 0.5) for number in range(6) for sign in (1, -1)]
 
 
 @pytest.mark.parametrize(

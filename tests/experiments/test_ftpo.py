@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -11,12 +12,13 @@ import run
 from data_pipelines import Document, LoaderConfig, TokenizerConfig, load_tokenizer, train_tokenizer
 from data_pipelines.conversations.reading import split_fraction
 from data_pipelines.loading.rows import Place
+from experiments import ftpo
 from experiments.ftpo import Config, FinalTokenRows, Pair, flattened
 from experiments.stages import load_stage, mesh_for
 from lfm_jax.interop import export_folder
 from lfm_jax.models import ComputeConfig, Decoder, ModelConfig, functional
 from lfm_jax.sharding import MeshConfig
-from lfm_jax.training import Checkpoints, TrainConfig, read_metrics
+from lfm_jax.training import Checkpoints, TrainConfig, read_metrics, step
 
 MODEL = ModelConfig(
     vocab_size=336, embed_dim=32, layer_types=("full_attention",), num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64,
@@ -86,6 +88,22 @@ def test_a_row_asks_at_the_last_token_of_the_text_and_nowhere_else():
         [5, 6, 7, 0, 0], [6, 7, 9, 0, 0], [1, 1, 1, 0, 0], [0, 1, 2, 0, 0], [0, 0, 1, 0, 0],
     ]  # fmt: skip
     assert row["chosen"].tolist() == [1, 2] + [-1] * 30 and not padding["loss_mask"].any() and (padding["chosen"] == -1).all()
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_each_pair_gets_its_own_reference_where_the_rows_of_hosts_interleave(monkeypatch, part):
+    """Two hosts: of four rows of the global batch the first one's are 0 and 3."""
+    monkeypatch.setattr(step, "_parts", lambda mesh: (part, [(0, 3), (1, 2)]))
+    monkeypatch.setattr(ftpo, "place_batch", lambda batch, mesh: batch)
+    asked = []
+    logits_of_all = lambda params, buffers, batch: asked.append(batch) or np.tile([[0.0], [2.0], [3.0], [1.0]], MODEL.vocab_size)
+    monkeypatch.setattr(ftpo, "make_final_token_logits_step", lambda functions, mesh: logits_of_all)
+    rows = FinalTokenRows([Pair(np.array([number], np.int32), 9, (8,)) for number in range(4)], 4, 0)
+    config = types.SimpleNamespace(loader=LoaderConfig(seq_len=4, batch_size=4), compute=ComputeConfig())
+    before = types.SimpleNamespace(functions=None, params={}, buffers={}, config=MODEL)
+    made = ftpo._with_reference(config, rows, before, None).make([Place(0, 0, number) for number in range(4)])
+    assert [batch["tokens"][:, 0].tolist() for batch in asked] == [[2 * part, 2 * part + 1]]
+    assert [row["reference_logits"][0] for row in made] == [row["tokens"][0] for row in made] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("strength", "left"), [(0, {1: 64, 2: 4, 3: 4}), (0.5, {1: 16, 2: 4, 3: 4}), (1, {1: 4, 2: 4, 3: 4})])

@@ -368,6 +368,12 @@ def test_a_dry_run_prints_what_is_written_otherwise(scheduler, capsys, tmp_path)
         (["--launch.topology=v5p:8x8x8"], "--config.mesh: a batch of 256 rows does not divide into 1 micro-batches over"),
         (["--launch.slices=2", "--config.mesh.data=1", "--config.mesh.fsdp=-1"], "mesh fsdp=512 over 2 slices: each slice must"),
         (["--launch.topology=tpu7x:4x4x8", "--config.mesh.data=3"], "mesh data=3 needs 3 devices, 256 are there"),
+        (["--config.loader.stages=[{'from_step': 9, 'batch_size': 384}]"], "--config.mesh: a batch of 384 rows does not divide"),
+        (
+            ["--config.loader.stages=[{'from_step': 9, 'seq_len': 1020}]", "--config.mesh.context=4"],
+            "--config.mesh: a sequence of 1020 does not divide",
+        ),
+        (["--config.mesh.tensor=32"], "--config.mesh: tensor=32 does not divide heads = 16 of "),
     ],
 )
 def test_what_the_slices_would_refuse_is_refused_before(changes, message, capsys):

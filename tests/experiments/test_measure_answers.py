@@ -59,6 +59,23 @@ def test_figures_are_those_counted_by_hand():
     assert " – | 10 | – | 0.10 |" in table[4]
 
 
+def test_each_problem_of_a_file_is_asked_once(tmp_path):
+    """However many are asked for; and of each difficulty as many different ones as are, if there are as many."""
+    lines = [
+        {"question": f"{number} or {steps}?", "answer": f"{'<<1+1=2>>' * steps}2\n#### 2"}
+        for number in range(40) for steps in (1, 2)
+    ]  # fmt: skip
+    (tmp_path / "file.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = lambda count: [
+        question.conversation.messages[0]["content"].splitlines()[0]
+        for question in measure_answers.questions((f"gsm8k:{tmp_path / 'file.jsonl'}",), count, (1, 2), "train", 0)
+    ]
+    every = asked(1000)
+    assert len(set(every)) == len(every) and set(every) < {line["question"] for line in lines} and len(every) > 60
+    some = asked(60)
+    assert len(some) == 60 and sum(each.endswith("1?") for each in some) == 30
+
+
 def test_what_is_right_is_what_the_task_holds_for_right():
     """Of a model that solves every second problem; one answer was stopped for looping, another looped and went on."""
     asked = measure_answers.questions(("numbers_game",), 4, (2,), "held_out", 0)
@@ -99,7 +116,8 @@ def test_a_measurement_of_a_model(model, tmp_path):
     """Each problem once at each temperature, from the held-out split; greedy answers and draws alike follow from the seed."""
     answers, results = run(model, tmp_path / "first")
     assert [(each["number"], each["temperature"]) for each in answers] == [(n, t) for n in range(4) for t in (0.0, 0.6)]
-    assert results["rows"] == measure(answers) and results["answers"] == 8 and (tmp_path / "first" / "answers.md").exists()
+    assert (results["rows"], results["problems"], results["answers"]) == (measure(answers), 4, 8)
+    assert (tmp_path / "first" / "answers.md").exists()
     assert max(each["tokens"] for each in answers) <= 24
     # Asked alone, at other temperatures beside it, an answer is the same; under another seed the problem is another one.
     (greedy, drawn, _), _ = run(model, tmp_path / "alone", problems=1, temperatures=(0.0, 0.6, 0.1))
@@ -118,6 +136,7 @@ def test_a_measurement_of_a_model(model, tmp_path):
         ({"problems": 0}, "got .*'numbers_game'.*, 0 and"),
         ({"temperatures": (-1.0,)}, "temperature must not be negative, got -1.0"),
         ({"tasks": ("numbers_gme",)}, "--config.tasks or difficulties: no task is named 'numbers_gme'; did you mean"),
+        ({"tasks": ("numbers_game",) * 2}, "two tasks have one name, of numbers_game, numbers_game; take one of them"),
         ({"difficulties": (7,)}, "numbers_game has difficulties 1 to 2, got 7"),
         ({"max_new_tokens": 200}, "--config.tasks or max_new_tokens: too_long: .* in a context of 128"),
     ],

@@ -150,6 +150,9 @@ def test_a_likelihood_is_that_of_a_plain_forward_pass(folder):
         log_probs = np.asarray(jax.nn.log_softmax(model.logits(hidden)[0]))[-len(said) :]
         assert opinion.score == pytest.approx(log_probs[np.arange(len(said)), said].mean(), abs=1e-4)
     assert judge.score(prompt, ["7", "cat " * 2000])[1].score is None
+    # The program takes the parameters, and has none within it: with others, the same program says what those do.
+    judge._stage = stage._replace(params=jax.tree.map(np.zeros_like, stage.params))
+    assert judge.score(prompt, ["7"])[0].score == pytest.approx(-np.log(MODEL.vocab_size), abs=1e-5)
 
 
 def test_the_policy_answers_the_next_shard_while_one_is_judged(folder, made, monkeypatch):
@@ -285,9 +288,9 @@ def test_each_looping_answer_has_a_record_with_what_the_policy_would_as_soon_say
         assert pair["prefix_ids"] == [*record["prompt_ids"], *said[: begin + period]] and pair["messages"] == record["messages"]
         assert said[begin + period] == pair["rejected"]["token"] == said[begin], "it begins the second repetition"
         assert said[begin : begin + 3 * period] == said[begin + period : begin + 4 * period] and start < len(pair["prefix_ids"])
-        # What fills up and begins texts, and what is no id of the tokenizer.
-        never = (0, 1, *range(330, 336), pair["rejected"]["token"])
-        likely = [token for token in np.argsort(-row)[:20].tolist() if token not in never and row[token] >= np.log(1e-3)]
+        # What fills up and begins texts; and what is no id of the tokenizer is not told at all.
+        never = (0, 1, pair["rejected"]["token"])
+        likely = [token for token in np.argsort(-row[:330])[:20].tolist() if token not in never and row[token] >= np.log(1e-3)]
         assert [each["token"] for each in pair["chosen"]] == likely
         for each in [pair["rejected"], *pair["chosen"]]:
             assert each["log_prob"] == pytest.approx(row[each["token"]], abs=1e-3)

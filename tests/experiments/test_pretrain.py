@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -15,8 +16,14 @@ from conftest import ROOT
 from jax.sharding import Mesh
 
 import run
-from experiments import stages
+from data_pipelines import LoaderConfig
+from data_pipelines.loading.mixture import StageConfig
+from experiments import pretrain, stages
+from experiments.prepared_data import PreparedText
+from experiments.stages import flops_by_step
 from lfm_jax.configuration import ConfigError
+from lfm_jax.models import ModelConfig
+from lfm_jax.models.accounting import training_flops_per_token
 from lfm_jax.sharding import AXES, MeshConfig, aot
 
 WORDS = "the cat sat on a mat and saw that dog run to red barn by old mill in warm sun with two small birds".split()
@@ -162,6 +169,40 @@ def test_a_mistake_is_told_in_one_paragraph(overrides, message, trained, text, t
     assert run.main(command(text, tmp_path / "run", *overrides)) == 2
     shown = capsys.readouterr().err
     assert message.format(**names) in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("--config.evaluation_batches=0", "evaluation_batches must be at least 1, or None, got 0"),
+        ("--config.mesh.tensor=8", "--config.mesh: tensor=8 does not divide vocab = 300 of "),
+    ],
+)
+def test_what_no_text_decides_is_told_before_there_is_any(override, message, text, tmp_path, capsys):
+    assert run.main(command(text, tmp_path / "run", override)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
+def test_figures_of_sources_of_one_name_are_numbered(monkeypatch):
+    found = iter(range(4))
+    measured = lambda number: types.SimpleNamespace(measure=lambda *_, most_batches: {"nll": number})
+    monkeypatch.setattr(pretrain, "HeldOut", lambda *_: measured(next(found)))
+    paths = ("first/text", "second/text", "third/code", "fourth/text/")
+    config = types.SimpleNamespace(loader=LoaderConfig(seq_len=8, batch_size=2), tokens_from=paths)
+    text = PreparedText(None, [], [None] * 4)
+    figures = pretrain._measure(config, text, None, None)(None, None, None)
+    assert figures == {"nll": 0, "nll_of_text_1": 1, "nll_of_code": 2, "nll_of_text_3": 3}
+
+
+def test_flops_are_those_of_the_rows_of_a_step():
+    model = ModelConfig(
+        vocab_size=31, embed_dim=16, layer_types=("conv", "full_attention"), num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24
+    )
+    stages_of = (StageConfig(from_step=3, seq_len=64), StageConfig(from_step=5, batch_size=4))
+    flops = flops_by_step(model, LoaderConfig(seq_len=32, batch_size=8, stages=stages_of))
+    short, long = (training_flops_per_token(model, length) for length in (32, 64))
+    assert short < long and [flops(step) for step in range(1, 8)] == [short] * 3 + [long] * 4
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs.rl import get_config
 from data_pipelines import Document, TokenizerConfig, load_tokenizer, train_tokenizer
 from data_pipelines.conversations import CHAT_FORMATS, Conversation, ConversationEncoder
 from data_pipelines.tasks import Shop
@@ -17,7 +18,7 @@ from experiments.rl import Config
 from experiments.rl.curriculum import Curriculum, pass_at_k
 from experiments.rl.environments import SingleTurn, source_named
 from experiments.rl.episodes import Episode, answer_seed, following, play
-from experiments.rl.figures import batch_figures
+from experiments.rl.figures import batch_figures, held_out_figures
 from experiments.rl.making import probe_figures
 from experiments.rl.records import Files, arrays, decoded_bits, encoded_bits, longest, with_log_probs
 from experiments.rl.rewards import advantages_of, counts, rewards_of, token_advantages, varied
@@ -29,6 +30,7 @@ from experiments.rl.settings import (
     RewardsConfig,
     RolloutsConfig,
 )
+from lfm_jax.configuration import from_mapping
 from lfm_jax.generation import Completion, EngineConfig
 from lfm_jax.training import PolicyGradientConfig, Rollouts, TrainConfig, policy_gradient_sums
 
@@ -301,7 +303,7 @@ def test_files_are_whole_and_those_that_are_needed_stay(tmp_path):
     with pytest.raises(ValueError, match=r"000002.jsonl has not all rollouts .* those of slots \[1\] are missing"):
         one.read(2, range(2), 2)
     one.keep({2})
-    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["000001-1.jsonl", "000002-0.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["000001-1-of-2.jsonl", "000002-0-of-2.jsonl"]
 
 
 def test_with_another_number_of_hosts_those_are_read_that_the_checkpoint_is_of(tmp_path):
@@ -346,6 +348,12 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k():
     shares = {"pass_at_1": 1 / 128, "pass_at_4": 1 / 32, "pass_at_16": 1 / 8, "pass_at_64": 0.5}
     assert found == {"verdict": "rare", "samples": 64, **shares}
     assert probe_figures([{"samples": 2, "right": 0}])["verdict"] == "absent"
+
+
+def test_the_best_checkpoints_are_those_of_the_highest_accuracy():
+    train = from_mapping(TrainConfig, {**get_config().train, "keep_best": 1})
+    answer = {"correct": 1, "ending": "limit", "tokens": 3}
+    assert train.score(held_out_figures([answer, answer | {"correct": 0}])) == -0.5
 
 
 def test_figures_are_of_environments_and_temperatures_too():

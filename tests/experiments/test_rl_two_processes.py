@@ -79,8 +79,8 @@ def answers(workdir, batch):
 
 def test_each_process_answers_its_own_prompts(folder):
     slots = [
-        [json.loads(line)["slot"] for line in (folder / "two" / "rollouts" / f"000001-{index}.jsonl").read_text().splitlines()]
-        for index in range(2)
+        [json.loads(line)["slot"] for line in path.read_text().splitlines()]
+        for path in (folder / "two" / "rollouts" / f"000001-{index}-of-2.jsonl" for index in range(2))
     ]
     assert slots == [[0, 1], [2, 3]]
 

@@ -12,11 +12,12 @@ import run
 from data_pipelines import Document, TokenizerConfig, load_tokenizer, train_tokenizer
 from data_pipelines.conversations import CHAT_FORMATS, ConversationEncoder, ConversationsConfig, read_conversations
 from data_pipelines.tasks import task_named
-from experiments import fine_tuning
+from experiments import fine_tuning, sft
 from experiments.conversations import ConversationSources, find_template
 from experiments.stages import load_stage, mesh_for
 from lfm_jax.configuration import ConfigError
-from lfm_jax.interop import export_folder
+from lfm_jax.interop import GenerationSettings, export_folder
+from lfm_jax.interop.tokenizer_json import write_tokenizer
 from lfm_jax.models import ComputeConfig, Decoder, ModelConfig, functional
 from lfm_jax.sharding import MeshConfig
 
@@ -203,6 +204,7 @@ def test_what_is_written_of_tasks_is_solved_and_of_its_split(folder, tmp_path):
         ({"loader.epochs": "1"}, "train.steps is 300, but loader.epochs=1 of the data make"),
         ({"data.bad_records_limit": "2"}, "bad_records_limit must be a share from 0 to 1, got 2"),
         ({"low_rank.targets": "gate_proj"}, "--config.low_rank: targets: the model has no matrix 'gate_proj'; it has down, gate"),
+        ({"train.keep_best": "1", "train.best_by": "nll_per_tokn"}, "best_by: the evaluation has no figure 'nll_per_tokn'. Did"),
         ({"low_rank.rank": "0"}, "low_rank: rank must be at least 1, got 0"),
         ({"low_rank.rank": "2", "optimizer.matrices": "muon"}, "--config.low_rank: muon is for the update of a whole matrix"),
     ],
@@ -212,6 +214,13 @@ def test_mistakes_are_told(folder, tmp_path, capsys, changes, message):
     command = ["--config=configs/sft.py", f"--workdir={tmp_path}/run"]
     assert run.main([*command, *(f"--config.{name}={value}" for name, value in settings.items())]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage, data", [("sft", "data.sources"), ("dpo", "data.sources"), ("ftpo", "pairs")])
+def test_an_evaluation_of_no_batches_is_refused(stage, data, tmp_path, capsys):
+    given = [f"--config=configs/{stage}.py", f"--workdir={tmp_path}/run", "--config.init_from=model", f"--config.{data}=a.jsonl"]
+    assert run.main([*given, "--config.evaluation_batches=0"]) == 2
+    assert "evaluation_batches must be at least 1, or None, got 0" in capsys.readouterr().err
 
 
 def test_bad_records_beyond_the_limit_end_it_and_are_listed(folder, tmp_path, capsys):
@@ -227,6 +236,31 @@ def test_other_mistakes_of_settings():
     assert ConversationSources(sources=("a/b.jsonl", "c/b.jsonl.zst", "d/")).names == ["b_0", "b_1", "d"]
 
 
+@pytest.mark.parametrize("chat_format", [*CHAT_FORMATS, "own.jinja"])
+def test_a_format_that_is_named_comes_with_the_tokenizer_from_then_on(folder, tmp_path, monkeypatch, chat_format):
+    """Read by the next stage, and from an export."""
+    (tmp_path / "own.jinja").write_text(
+        "{% for each in messages %}{{ each.role + ':' + each.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sft, "fine_tune", lambda *_, **__: {})
+    before = epath.Path(shutil.copytree(folder / "tokenizer", tmp_path / "before"))
+    (before / "chat_template.jinja").write_text("of an earlier stage")
+    stage = load_stage(str(folder / "model"), ComputeConfig(), mesh_for(MeshConfig()))
+    stage = stage._replace(tokenizer=load_tokenizer(before), tokenizer_path=before)
+    monkeypatch.setattr(fine_tuning, "load_stage", lambda *_: stage)
+    assert _tune(folder, f"named_{chat_format}", **{"data.chat_format": chat_format}) == 0
+    kept = epath.Path(folder) / f"named_{chat_format}" / "tokenizer"
+    given = find_template(chat_format, kept)
+    write_tokenizer(kept, tmp_path, GenerationSettings())
+    for place in (kept, tmp_path / "tokenizer.json"):
+        found = find_template("auto", epath.Path(place))
+        messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+        assert found.render_many([(messages, (), False)]) == given.render_many([(messages, (), False)])
+        assert found is given or found.source == given.source
+
+
 def test_templates_are_found(folder, tmp_path):
     assert find_template("auto", epath.Path(folder / "model")) is CHAT_FORMATS["lfm2"]
     (tmp_path / "own.jinja").write_text("{{ messages }}")
@@ -235,3 +269,4 @@ def test_templates_are_found(folder, tmp_path):
     found = find_template("auto", epath.Path(tmp_path))
     assert found.source == "{{ bos_token }}" and found.special_tokens["bos_token"] == "<s>"
     assert found.special_tokens["eos_token"] == "<|im_end|>"
+    assert find_template(str(tmp_path / "own.jinja"), epath.Path(tmp_path)).special_tokens == found.special_tokens

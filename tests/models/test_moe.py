@@ -49,6 +49,15 @@ def test_lfm2moe_router_sigmoid_bias_selects_only_scaling(normalize, biased):
     assert float(counts.sum()) == 2 * 9 * 2
 
 
+def test_the_router_works_in_float32_in_both_directions():
+    """By the precision of its products: a CPU has no other."""
+    graphdef, weights = nnx.split(_moe())
+    loss = lambda weights, x: jnp.sum(nnx.merge(graphdef, weights).route(x)[1])
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(weights, jnp.ones((2, 9, 8), jnp.bfloat16)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 3 and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 def test_expert_bias_changes_the_choice_and_takes_no_gradient():
     moe, plain = _moe(), _moe(dataclasses.replace(CONFIG, expert_bias=False))
     x = jax.random.normal(jax.random.key(1), (2, 9, 8))

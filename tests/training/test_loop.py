@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lfm_jax.configuration import ConfigError
 from lfm_jax.models import Decoder, ModelConfig, functional
 from lfm_jax.sharding import MeshConfig, make_mesh
 from lfm_jax.training import (
@@ -24,6 +25,7 @@ from lfm_jax.training import (
     train,
 )
 from lfm_jax.training.metrics import is_of_the_machine, read_metrics
+from lfm_jax.training.state import parameter_shardings
 from lfm_jax.training.stopping import Interrupted, stop_requests
 from lfm_jax.training.trouble import TrainingDiverged, TroubleConfig
 
@@ -182,6 +184,20 @@ def test_given_parameters_are_begun_with(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, trained.state.params, expected[0])
 
 
+def test_given_arrays_are_gone_in_a_new_run_and_in_one_that_goes_on(tmp_path):
+    """On a mesh whose replicas split the state: what is given is not split like that, and is copied."""
+    mesh, config = make_mesh(MeshConfig(data=2, fsdp=4)), dataclasses.replace(CONFIG, steps=1)
+    expected = FUNCTIONS.init(jax.random.key(7))
+    frozen = make_optimizer(OptimizerConfig(learning_rate=1e-30, weight_decay=0.0), 1)
+    shardings = parameter_shardings(FUNCTIONS, mesh)
+    for started_at in (0, 1):
+        params, buffers = FUNCTIONS.init(jax.random.key(7))
+        given = jax.device_put(params, shardings), buffers
+        trained = run(tmp_path, config=config, optimizer=frozen, initial=given, mesh=mesh)
+        assert trained.started_at == started_at and all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+        jax.tree.map(np.testing.assert_array_equal, trained.state.params, expected[0])
+
+
 def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path):
     def objective(model, batch, key):
         sums = next_token_objective(LossConfig())(model, batch, key)
@@ -206,10 +222,11 @@ def test_model_flops_utilization_is_flops_over_the_peak_of_all_devices(tmp_path,
     from lfm_jax.training import record
 
     monkeypatch.setattr(record, "chip_of", lambda device: CHIPS["v5e"])
-    run(tmp_path, flops_per_token=3e9)
+    run(tmp_path, flops_per_token=lambda step: 3e9 if step <= 6 else 5e9)
     timed = [record for record in read_metrics(tmp_path) if "train/tokens_per_second" in record]
     for values in timed:
-        expected = 3e9 * values["train/tokens_per_second"] / (8 * 197e12)
+        flops = 3e9 if values["step"] <= 6 else 5e9
+        expected = flops * values["train/tokens_per_second"] / (8 * 197e12)
         assert values["train/model_flops_utilization"] == pytest.approx(expected)
     assert len(timed) == 11
 
@@ -218,6 +235,31 @@ def test_model_flops_utilization_is_flops_over_the_peak_of_all_devices(tmp_path,
 def test_a_count_below_one_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         TrainConfig(**{"steps": 1, name: 0})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"keep_every": 0}, "keep_every must be at least 1, or None, got 0"),
+        ({"keep_best": -1}, "keep_best must not be negative, got -1"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_before_the_run(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(steps=1, **changes)
+
+
+def test_the_best_by_a_figure_are_kept_and_one_that_is_none_is_told_at_the_first_evaluation(tmp_path):
+    found = iter([0.1, 0.3, 0.2])
+    evaluate = lambda params, buffers: {"accuracy": next(found), "limit": 0.0}
+    best = dataclasses.replace(CONFIG, evaluate_every=4, keep_checkpoints=1, keep_best=1)
+    message = "train.best_by: the evaluation has no figure 'acuracy'. Did you mean 'accuracy'. Valid choices: accuracy, limit"
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, config=dataclasses.replace(best, best_by="acuracy"), evaluate=lambda *_: {"accuracy": 1.0, "limit": 0.0})
+    assert not (tmp_path / "checkpoints").exists()
+    run(tmp_path, config=dataclasses.replace(best, best_by="-accuracy"), evaluate=evaluate)
+    assert checkpoint_steps(tmp_path) == [8, 12]
+    assert best.score({}) is None
 
 
 def test_the_record_up_to_a_checkpoint_is_safe_before_the_checkpoint_is(tmp_path, monkeypatch):

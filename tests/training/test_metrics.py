@@ -1,6 +1,7 @@
 """metrics.jsonl is the record, and TensorBoard's events say the same; what else takes figures may fail."""
 
 import json
+import math
 import signal
 import sqlite3
 import struct
@@ -14,9 +15,10 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from lfm_jax.training import metrics, trackers
+from lfm_jax.training import TroubleConfig, metrics, trackers
 from lfm_jax.training.metrics import MetricsError, MetricsWarning, MetricsWriter, TrackerWarning, read_metrics
 from lfm_jax.training.trackers import check_trackers, open_tracker
+from lfm_jax.training.trouble import Watchman
 
 
 def write(workdir, start, steps, names=()):
@@ -231,6 +233,15 @@ def test_a_bucket_that_fails_is_told(bucket, clock, monkeypatch):
     monkeypatch.setattr(_Bucket, "broken", False)
     writer.close()
     assert len(read_metrics(bucket)) == 3
+
+
+def test_a_bucket_has_every_line_about_trouble(bucket):
+    for start in (0, 2):  # of two processes, one after the other
+        watchman = Watchman(TroubleConfig(non_finite="skip"), bucket)
+        for step in (start + 1, start + 2):
+            watchman.look(step, {"loss": math.nan, "gradient_norm": 1.0})
+    lines = map(json.loads, (bucket / "trouble.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
 
 
 class _Failing:

@@ -16,6 +16,7 @@ from lfm_jax.training import (
     OptimizerConfig,
     ScheduleConfig,
     Sums,
+    as_fed,
     host_part,
     init_state,
     make_eval_step,
@@ -256,6 +257,16 @@ def test_hosts_that_share_sequences_feed_the_same_rows(config, part):
     sizes[sizes.index(-1) if -1 in sizes else 0] = 16 // -math.prod(sizes) if -1 in sizes else sizes[0]
     mesh = Mesh(np.asarray(devices).reshape(sizes), AXES)
     assert host_part(mesh) == part
+
+
+def test_rows_come_back_in_the_order_in_which_hosts_feed_them():
+    """Where those of a host do not lie beside each other: along the ring of a slice the first has the shards 0, 1, 6 and 15."""
+    pytest.importorskip("libtpu")
+    mesh = make_mesh(MeshConfig(fsdp=16), aot.tpu_devices("v5e:4x4"))
+    hosts = [device.process_index for device in mesh.devices.ravel()]
+    held = sorted([row for row in range(32) if hosts[row // 2] == host] for host in range(4))
+    assert [0, 1, 2, 3, 12, 13, 30, 31] in held
+    np.testing.assert_array_equal(as_fed(np.arange(96).reshape(32, 3), mesh)[:, 0] // 3, np.concatenate(held))
 
 
 def test_hosts_that_share_a_part_of_their_rows_are_refused():

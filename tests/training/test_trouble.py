@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from etils import epath
 from lfm_jax.configuration import ConfigError
 from lfm_jax.models import Decoder, ModelConfig, MoEConfig, functional
 from lfm_jax.sharding import MeshConfig, make_mesh
+from lfm_jax.sharding.flags import repeats_exactly
 from lfm_jax.training import (
     LossConfig,
     OptimizerConfig,
@@ -436,6 +438,27 @@ def test_a_step_that_is_not_computed_the_same_twice_ends_the_run(tmp_path):
     message = r"the gradient of step 3, computed twice, is not the same on device 0 of process 0\. Take the host out"
     with pytest.raises(SilentCorruption, match=message):
         run(tmp_path, Batches({3: 1e30}), dataclasses.replace(REPLAYED, spike="skip", window=2), objective=unsteady)
+
+
+@pytest.mark.parametrize(
+    "platform, flags, verdict",
+    [
+        ("cpu", "", True), ("tpu", "", True), ("gpu", "", False), ("gpu", "--xla_gpu_deterministic_ops=false", False),
+        ("gpu", "--xla_dump_to=d --xla_gpu_deterministic_ops=true", True), ("gpu", "--xla_gpu_deterministic_ops", True),
+        ("gpu", "--xla_gpu_exclude_nondeterministic_ops=1", True),
+    ],
+)  # fmt: skip
+def test_only_devices_that_repeat_themselves_are_judged_by_that(platform, flags, verdict):
+    assert repeats_exactly(types.SimpleNamespace(platform=platform), {"XLA_FLAGS": flags}) == verdict
+
+
+def test_a_gpu_that_computes_otherwise_is_not_called_broken(tmp_path, monkeypatch, capsys):
+    """It adds up in any order."""
+    monkeypatch.setattr(loop, "repeats_exactly", lambda device: repeats_exactly(types.SimpleNamespace(platform="gpu"), {}))
+    trouble = dataclasses.replace(REPLAYED, spike="skip", window=2)
+    trained = run(tmp_path, Batches({3: 1e30}), trouble, objective=unsteady, steps=4)
+    assert int(trained.state.step) == 4
+    assert "step 3 is not computed twice more: without XLA_FLAGS=--xla_gpu_deterministic_ops a" in capsys.readouterr().out
 
 
 def test_the_device_that_computes_otherwise_is_named(tmp_path, monkeypatch):
