@@ -14,6 +14,7 @@ from etils import epath
 
 import run
 from experiments import scaling_sweep
+from experiments.json_lines import read_lines
 from experiments.results import read_results
 from experiments.scaling_sweep import Config, carry_out, runs, runs_of
 from experiments.scaling_sweep.grid import RulesConfig, TrunkConfig, count, model_of
@@ -61,6 +62,16 @@ def test_the_sweep_has_the_sizes_columns_and_held_out_points_it_says():
     assert max(each.tokens for each in ends) <= settings().train_tokens
 
 
+def test_the_recorded_runs_are_all_of_the_sweep_as_it_is():
+    recorded, planned = epath.Path(ROOT) / "experiments" / "scaling_study" / "recorded", plan(settings())
+    found = runs.read_recorded(recorded / "runs.jsonl", planned.values())  # refuses runs that had other settings
+    assert found.keys() == planned.keys()
+    lines = list(read_lines(recorded / "points.jsonl"))
+    floor = lines[0]["loss"] - lines[0]["excess_loss"]
+    made = [each for each in runs.points_of(planned.values(), found, floor) if each["multiplier"] is not None]
+    assert [each | {"excess_loss": pytest.approx(each["excess_loss"])} for each in made] == lines
+
+
 def test_a_models_parameters_are_those_counted_by_hand():
     """Conv: in, out, taps; attention: q, k, v, o and norms of q and k; feed-forward; two norms a block and one at the end."""
     d, f, hd = 48, 128, 16
@@ -100,7 +111,7 @@ def test_what_a_run_is_trained_with_follows_the_rules():
         assert abs(math.log2(loader.batch_size / base.loader.batch_size) - 0.5 * math.log2(params / of_base)) <= 0.5
         assert abs(optimizer.schedule.warmup_steps * loader.positions(1) - params) <= loader.positions(1)
         assert (loader.seed, each.config.train.seed, loader.epochs) == (each.trunk.seed, each.trunk.seed, 1)
-    wider = runs_of(config.trunks[-3:-2], (), base, RulesConfig(batch_exponent=1.0, warmup=2.0))[0]
+    wider = runs_of(config.trunks[-2:-1], (), base, RulesConfig(batch_exponent=1.0, warmup=2.0))[0]
     assert wider.config.loader.batch_size == 16 * 8
     assert wider.config.optimizer.schedule.warmup_steps == round(2 * wider.counts.params / (16 * 8 * 128))
 
