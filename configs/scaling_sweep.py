@@ -12,7 +12,7 @@ Held out before fitting: the largest M of the two smallest sizes, and the larges
 with errors on what was held out beside the intervals that the noise alone would give, E beside the entropy, optima, pairs of
 runs), scaling_sweep.png, points.jsonl, which configs/scaling_fit.py reads, and runs.jsonl, a line for each run. The command can
 be given again at any time: what is done is not run again, and what was stopped goes on; nor is what a runs.jsonl from elsewhere
-has, with `--config.recorded=FILE`. Three to four hours of two cores, by estimate: it has not been run to its end yet.
+has, with `--config.recorded=FILE`. Recorded: docs/scaling_sweep.md, two and a half hours of two cores.
 
 The same in minutes, with models too small and too short to follow any law: `--config=configs/scaling_sweep.py:quick`. As jobs,
 one for each trunk, of Slurm or on TPU slices (docs/launching.md): the text is written to a folder that all of them see, and what
