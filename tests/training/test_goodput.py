@@ -451,5 +451,5 @@ def test_of_runs_one_after_the_other_in_a_process_no_second_counts_twice(tmp_pat
         folder.mkdir()
         with Ledger(folder, age=uncounted_seconds()):
             time.sleep(0.05)
-    assert read_seconds(first)["start"] >= alone
+    assert read_seconds(first)["start"] >= alone - 0.01  # the file has milliseconds
     assert read_seconds(second)["start"] < 0.05
