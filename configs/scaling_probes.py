@@ -11,7 +11,7 @@ arXiv 2503.19206). What 65,536 tokens of another source of the same kind leave o
 Gives scaling_probes.md (exponents of N and D with intervals beside the published ones; each trunk over M; the best size at fixed
 budgets of training and inference), scaling_probes.png, probes.jsonl, which configs/scaling_study.py reads, and results.json. A
 sweep that is not finished is probed as far as it is, and what is missing is named; given again, the command probes what has come
-since. Recorded: docs/scaling_probes.md; twenty seconds of a core for each end.
+since. Recorded: docs/scaling_probes.md; about half a minute of a core for each end.
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from data_pipelines.conversations import Conversation, ConversationEncoder
+from data_pipelines.conversations import Conversation, ConversationEncoder, end_ids
 from experiments.conversations import find_template
 from experiments.stages import Stage
 from lfm_jax.configuration import mistakes_in
@@ -15,7 +15,6 @@ from lfm_jax.generation.loops import classify
 from lfm_jax.generation.repetition import repeated_share
 
 NGRAM = 10  # tokens; shorter ones repeat in every table (lfm_jax.generation.repetition)
-_ENDS = ("<|im_end|>", "<|endoftext|>")
 
 
 class Answerer:
@@ -32,7 +31,7 @@ class Answerer:
         with mistakes_in("chat_format"):
             self.encoder = ConversationEncoder(stage.tokenizer, find_template(chat_format, stage.tokenizer_path))
         self._decode, self._symbols = stage.tokenizer.decode, {index: name for name, index in self.encoder.symbols.items()}
-        self.stop_ids = tuple(self.encoder.symbols[symbol] for symbol in _ENDS if symbol in self.encoder.symbols)
+        self.stop_ids = end_ids(stage.tokenizer)
 
     def prompts(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[tuple[int, ...] | str]:
         """What the model is given of each, up to where the assistant's turn begins; or why it cannot be asked.

@@ -113,7 +113,7 @@ def fine_tune(
         )
     with ledger.kind("evaluation"):
         at_first = measure(before.params, before.buffers, None)
-    config.train.score(at_first)  # refuses
+    config.train.check_best(at_first)
     trained = train(
         config.train,
         functions=before.functions,

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from data_pipelines.tokenization.tokenizer import SYMBOLS
 
 _PAD, _BOS, _EOS = SYMBOLS[:3]
-_TURN, _END, _LIST, _END_LIST, CALL, END_CALL, _RESPONSE, _END_RESPONSE = SYMBOLS[6:]
+_TURN, END, _LIST, _END_LIST, CALL, END_CALL, _RESPONSE, _END_RESPONSE = SYMBOLS[6:]
 _END_THINKING = "</think>"
 
 
@@ -123,10 +123,10 @@ class ChatFormat:
         if tools:
             listed = ", ".join(tool if isinstance(tool, str) else _json(tool) for tool in tools)
             system += ("\n" if system else "") + "List of tools: " + listed.join(self.tool_list)
-        turns = [f"{_TURN}system\n{system}{_END}\n"] if system else []
+        turns = [f"{_TURN}system\n{system}{END}\n"] if system else []
         kept_from = self._kept_from([message["role"] for message in messages])
         for index, message in enumerate(messages):
-            turns.append(f"{_TURN}{message['role']}\n{self._said(message, index >= kept_from)}{_END}\n")
+            turns.append(f"{_TURN}{message['role']}\n{self._said(message, index >= kept_from)}{END}\n")
         return "".join([_BOS, *turns, f"{_TURN}assistant\n" if generation_prompt else ""])
 
     def jinja(self) -> str:
@@ -206,7 +206,7 @@ class JinjaTemplate:
     source: str
     name: str = "chat template"
     special_tokens: Mapping[str, str] = dataclasses.field(
-        default_factory=lambda: {"bos_token": _BOS, "eos_token": _END, "pad_token": _PAD}
+        default_factory=lambda: {"bos_token": _BOS, "eos_token": END, "pad_token": _PAD}
     )
 
     def render_many(self, renderings: Sequence[Rendering]) -> list[str | ValueError]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from data_pipelines.conversations.chat_formats import Template
+from data_pipelines.conversations.chat_formats import END, Template
 from data_pipelines.conversations.reading import Conversation
 from data_pipelines.conversations.turns import Turns, render_prompts, render_turns
 from data_pipelines.sources.quarantine import Quarantine
@@ -161,6 +161,12 @@ def symbol_ids(tokenizer: Tokenizer) -> dict[str, int]:
         except ValueError:
             continue
     return found
+
+
+def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids by one of which an assistant's turn ends: that of the turn's end where there is one, and that of the text's."""
+    symbols = symbol_ids(tokenizer)
+    return tuple(dict.fromkeys(symbols[symbol] for symbol in (END, SYMBOLS[2]) if symbol in symbols))
 
 
 def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:

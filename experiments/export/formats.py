@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from data_pipelines import Tokenizer
+from data_pipelines.conversations import end_ids
 from experiments.llama_cpp import llama_cpp_installed, run_llama_cpp
-from experiments.serve.chat import ChatFormat
 from experiments.stages import Stage, model_functions
 from lfm_jax.generation import Engine, Request, SamplingConfig
 from lfm_jax.interop import GenerationSettings
@@ -107,8 +107,8 @@ class Material:
 
 
 def settings_for(tokenizer: Tokenizer) -> GenerationSettings:
-    """The special ids of a tokenizer; a generation ends where the server ends a chat's answer."""
-    return GenerationSettings(bos_id=tokenizer.bos_id, eos_ids=ChatFormat(tokenizer).stop_ids, pad_id=tokenizer.pad_id)
+    """The special ids of a tokenizer; a generation ends where an assistant's turn does."""
+    return GenerationSettings(bos_id=tokenizer.bos_id, eos_ids=end_ids(tokenizer), pad_id=tokenizer.pad_id)
 
 
 def continued(stage: Stage, params: Any, prompt: Sequence[int], count: int, stop_ids: Sequence[int] = ()) -> list[int]:

@@ -212,7 +212,7 @@ def _run(config: Config, workdir: epath.Path, ledger: Ledger, parts: _Parts) -> 
     stage, batches = parts.stage, parts.batches
     with ledger.kind("evaluation"):
         at_first = parts.held_out.measure(stage.params, stage.buffers)
-    config.train.score(at_first)  # refuses
+    config.train.check_best(at_first)
 
     def evaluate(params: Tree, buffers: Tree) -> dict[str, float]:
         batches.settle()

@@ -9,16 +9,14 @@ from typing import Any
 from etils import epath
 
 from data_pipelines import Tokenizer
-from data_pipelines.conversations import JinjaTemplate, part_symbols, symbol_ids
+from data_pipelines.conversations import JinjaTemplate, end_ids, part_symbols, symbol_ids
 from data_pipelines.conversations.chat_formats import CALL, END_CALL
-from data_pipelines.tokenization.tokenizer import SYMBOLS
 from experiments.serve.requests import RequestError, strings
 from lfm_jax.interop.chat_template import read_template, render
 from lfm_jax.interop.tokenizer_json import CHAT_TEMPLATE
 
-_EOS = SYMBOLS[2]
 _CALL_SYMBOLS = re.compile(f"({re.escape(CALL)}|{re.escape(END_CALL)})")
-_TURN, _END = "<|im_start|>", "<|im_end|>"
+_TURN = "<|im_start|>"
 _ASSISTANT = "assistant\n"
 _PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
@@ -32,7 +30,7 @@ class ChatFormat:
         self._special_tokens = {**JinjaTemplate(source=template).special_tokens, **(special_tokens or {})}
         self.symbols = symbol_ids(tokenizer)  # one that it has not is text in the template, too
         self._pattern = re.compile("(" + "|".join(map(re.escape, self.symbols)) + ")")
-        self.stop_ids = tuple(dict.fromkeys(self.symbols[symbol] for symbol in (_END, _EOS) if symbol in self.symbols))
+        self.stop_ids = end_ids(tokenizer)
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> tuple[int, ...]:
         """The ids up to where the assistant begins, behind one beginning-of-text. Takes 0.1 seconds: a process is started.

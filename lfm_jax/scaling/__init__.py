@@ -9,6 +9,5 @@ from lfm_jax.scaling.fitting import Law, huber_objective, interval, relative_err
 
 __all__ = [
     "FLOPS_PER_PARAMETER_AND_TOKEN", "Law", "Points", "huber_objective", "interval", "points", "read_held_out", "read_points",
-    "relative_errors",
-    "resampled",
+    "relative_errors", "resampled",
 ]  # fmt: skip

@@ -115,17 +115,16 @@ class TrainConfig:
             raise ValueError(f"keep_best must not be negative, got {self.keep_best}")
         check_trackers(self.trackers)
 
-    def score(self, figures: Mapping[str, float]) -> float | None:
-        """Of a checkpoint at whose step an evaluation has found these figures: the lower, the better; None where there was none.
-
-        Raises:
-          ConfigError: keep_best goes by another figure.
-        """
+    def check_best(self, figures: Mapping[str, float]) -> None:
+        """Raises ConfigError if the best checkpoints are to go by a figure that an evaluation, which has found these, lacks."""
         name = self.best_by.removeprefix("-")
-        if self.keep_best and figures and name not in figures:
+        if self.keep_best and name not in figures:
             raise ConfigError(f"--config.train.best_by: the evaluation has no figure {name!r}. {nearest(name, figures)}")
-        value = figures.get(name)
-        return -value if value is not None and name != self.best_by else value
+
+    def score(self, figures: Mapping[str, float]) -> float | None:
+        """Of a checkpoint at whose step an evaluation has found these: the lower, the better; None without the figure."""
+        value = figures.get(self.best_by.removeprefix("-"))
+        return -value if value is not None and self.best_by.startswith("-") else value
 
 
 class Trained(NamedTuple):
@@ -300,13 +299,14 @@ class _Run:
             with self._at("evaluation", self.step):
                 figures = evaluate(self.state.params, self.state.buffers)
             self.record.evaluated(self.step, figures)
-        score = config.score(figures)
         if saving:
             with self._at("save", self.step):
                 self.record.sync()
-            self._save(score)
+            self._save(config.score(figures))
         elif self.step % config.compare_replicas_every == 0:
             self._compare()
+        if evaluating:
+            config.check_best(figures)  # once the steps up to here are safe
         return True
 
     def wait(self) -> None:
