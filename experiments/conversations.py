@@ -61,7 +61,6 @@ class ConversationSources:
 class PreparedConversations(NamedTuple):
     """Of each source the examples of both splits, in the order of `ConversationSources.sources`."""
 
-    template: Template
     train: list[Examples]
     held_out: list[Examples]
 
@@ -91,9 +90,11 @@ def find_template(chat_format: str, tokenizer_path: epath.Path) -> Template:
     return JinjaTemplate(source=file.read_text(), name=chat_format, special_tokens=special)
 
 
-def keep_template(template: Template, tokenizer_path: epath.Path) -> None:
-    """Writes it into the folder of a workdir's tokenizer, where "auto", exports and the next stage find it."""
-    if jax.process_index() == 0:
+def keep_template(chat_format: str, tokenizer_path: epath.Path) -> None:
+    """Writes the template of a format that is named into the folder of a workdir's tokenizer, where "auto", exports and the next
+    stage find it."""
+    if chat_format != "auto" and jax.process_index() == 0:
+        template = find_template(chat_format, tokenizer_path)
         source = template.jinja() if isinstance(template, ChatFormat) else template.source
         (tokenizer_path / "chat_template.jinja").write_text(source)
 
@@ -108,7 +109,7 @@ def prepare_conversations(
     """
     with mistakes_in("data.chat_format"):
         template = find_template(config.chat_format, tokenizer_path)
-    prepared = PreparedConversations(template, [], [])
+    prepared = PreparedConversations([], [])
     with tempfile.TemporaryDirectory() as elsewhere, mistakes_in("data.sources"):
         folder = workdir if jax.process_index() == 0 else epath.Path(elsewhere)  # one process tells
         for name, source in zip(config.names, config.sources, strict=True):

@@ -28,7 +28,7 @@ from data_pipelines.conversations import (
 )
 from data_pipelines.loading.rows import Place
 from experiments.accounting import run_accounted
-from experiments.conversations import ConversationSources, find_template
+from experiments.conversations import ConversationSources, find_template, keep_template
 from experiments.export import ExportConfig
 from experiments.fine_tuning import Measure, begin, fine_tune
 from experiments.stages import TOKENIZER, Stage, check_evaluation_batches, flops_by_step
@@ -131,6 +131,7 @@ def _prepare(config: Config, workdir: epath.Path, tokenizer: Tokenizer) -> Pairs
     data = config.data
     with mistakes_in("data.chat_format"):
         template = find_template(data.chat_format, workdir / TOKENIZER)
+    keep_template(data.chat_format, workdir / TOKENIZER)
     pairs = Pairs([], [], [])
     with tempfile.TemporaryDirectory() as elsewhere, mistakes_in("data.sources"):
         folder = workdir if jax.process_index() == 0 else epath.Path(elsewhere)  # one process tells

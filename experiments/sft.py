@@ -80,8 +80,7 @@ def _run(config: Config, workdir: epath.Path, ledger: Ledger) -> dict[str, Any]:
         beginning = begin(config, workdir)
         mesh, before, tokenizer = beginning
         text = prepare_conversations(config.data, workdir, tokenizer, before.tokenizer_path)
-        if config.data.chat_format != "auto":
-            keep_template(text.template, before.tokenizer_path)
+        keep_template(config.data.chat_format, before.tokenizer_path)
         index, count = host_part(mesh)
         with mistakes_in("loader"):
             batches = conversation_batches(text.train, config.loader, tokenizer, process_index=index, process_count=count)

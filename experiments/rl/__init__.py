@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from data_pipelines import TokenizerConfig
 from experiments.accounting import run_accounted
+from experiments.conversations import keep_template
 from experiments.export import ExportConfig, check_export, export_and_check
 from experiments.fine_tuning import check_low_rank, with_low_rank
 from experiments.prepared_data import prepare_tokenizer
@@ -154,6 +155,7 @@ def _prepare(config: Config, workdir: epath.Path) -> _Parts:
             raise ValueError(f"{config.init_from} is no mixture of experts: there is no routing to replay; leave it out")
     with mistakes_in("rollouts"):
         sampler = Sampler(rollouts, settings, stage, config.init_from, config.compute, mesh)
+    keep_template(rollouts.chat_format, stage.tokenizer_path)
     weights = dict(zip(sources, chosen.weights or (1.0,) * len(sources), strict=True))
     maker = Maker(sampler.answerer, sources, weights, rollouts, config.rewards, seed)
     adaptive = dict(zip(sources, chosen.adaptive or (False,) * len(sources), strict=True))

@@ -9,12 +9,14 @@ import types
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 import run
 from data_pipelines import Document, TokenizerConfig, load_tokenizer, train_tokenizer
 from data_pipelines.conversations import CHAT_FORMATS, ConversationsConfig
 from data_pipelines.conversations.preferences import encode_preferences, read_preferences
 from experiments import dpo
+from experiments.conversations import find_template
 from experiments.stages import load_stage, mesh_for
 from lfm_jax.interop import export_folder
 from lfm_jax.models import ComputeConfig, Decoder, ModelConfig, functional
@@ -105,6 +107,12 @@ def test_it_begins_with_log_2_on_a_mesh_of_all_kinds(folder, tuned, tmp_path):
         for where in (folder / "run", tmp_path / "run")
     )
     assert other[0] == pytest.approx(math.log(2), abs=1e-5) and other == pytest.approx(one, abs=1e-4)
+
+
+def test_a_format_that_is_named_comes_with_the_tokenizer_from_then_on(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(dpo, "fine_tune", lambda *_, **__: {})
+    assert _tune(folder, tmp_path / "run", "simpo", **{"data.chat_format": "lfm2_5"}) == 0
+    assert find_template("auto", epath.Path(tmp_path / "run" / "tokenizer")) is CHAT_FORMATS["lfm2_5"]
 
 
 @pytest.mark.parametrize("part", [0, 1])

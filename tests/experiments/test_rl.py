@@ -5,10 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 from rl_places import places, write_model
 
 import run
+from data_pipelines.conversations import CHAT_FORMATS
 from data_pipelines.tasks import Problem, Step
+from experiments.conversations import find_template
 from experiments.rl import batches
 from lfm_jax.models import ModelConfig
 from lfm_jax.training import Checkpoints, group_advantages, read_metrics
@@ -124,10 +127,14 @@ def learned(folder):
         "environments.names": "bandit,never", "environments.weights": "3,1", "rollouts.epochs": 1, "rollouts.lag": 0,
         "train.steps": 20, "train.evaluate_every": 20, "train.checkpoint_every": 20, "evaluation.problems": 32,
         "optimizer.learning_rate": 0.02, "curriculum.cold_after": 2, "curriculum.probe_prompts": 2,
-        "curriculum.probe_samples": 32, "rewards.ngram_token_penalty": 0.0,
+        "curriculum.probe_samples": 32, "rewards.ngram_token_penalty": 0.0, "rollouts.chat_format": "lfm2_5",
     }  # fmt: skip
     assert learn(folder, folder / "learned", **changes) == 0
     return folder / "learned"
+
+
+def test_a_format_that_is_named_comes_with_the_tokenizer_from_then_on(learned):
+    assert find_template("auto", epath.Path(learned / "tokenizer")) is CHAT_FORMATS["lfm2_5"]
 
 
 def test_the_ratio_is_1_until_the_policy_moves(everything):
