@@ -22,6 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.dpo import get_config as dpo
+from configs.ftpo import get_config as ftpo
 from configs.measure_answers import get_config as measure_answers
 from configs.preference_data import get_config as preference_data
 from configs.rl import get_config as rl
@@ -32,7 +33,7 @@ _TASK, _HARD = "numbers_game", 2
 _NEW_TOKENS, _CONTEXT = 160, 192
 _LATER = "(the step before)"  # filled in by the experiment
 # The more there is to see the earlier, for whoever stops the run.
-_ABLATIONS = ("no_greedy_rollout", "no_dpo", "no_penalty", "temperature_1", "plain_dpo", "no_dpo_temperature_1")
+_ABLATIONS = ("no_greedy_rollout", "final_token", "no_dpo", "no_penalty", "temperature_1", "plain_dpo", "no_dpo_temperature_1")
 _MODEL = {
     "vocab_size": 320, "embed_dim": 96, "layer_types": ("conv", "full_attention", "full_attention"), "num_heads": 3,
     "num_kv_heads": 1, "head_dim": 32, "mlp_dim": 192, "context_length": 512,
@@ -87,12 +88,16 @@ def _whole() -> dict[str, Any]:
             "optimizer": {"learning_rate": 2e-3}, "train": _train(300), "evaluation_batches": 4,
         }),
         "preferences": _without_name(preference_data(), {
-            "init_from": _LATER, "tasks": (_TASK,), "difficulties": (_HARD,), "prompts": 768, **answers,
+            "init_from": _LATER, "tasks": (_TASK,), "difficulties": (_HARD,), "prompts": 3072, **answers,
         }),
         "dpo": _without_name(dpo(), {
             "init_from": _LATER, "data": {"sources": (_LATER,)}, "loader": {"seq_len": _CONTEXT, "batch_size": 16},
-            "preference": {"sft_weight": 1.0}, "optimizer": {"learning_rate": 3e-4}, "train": _train(100),
+            "preference": {"sft_weight": 1.0}, "optimizer": {"learning_rate": 3e-4}, "train": _train(180),
             "evaluation_batches": 4,
+        }),
+        "loops": _without_name(preference_data("loops"), {"init_from": _LATER, "rollouts": _LATER, "engine": _ENGINE}),
+        "ftpo": _without_name(ftpo(), {
+            "init_from": _LATER, "pairs": _LATER, "loader": {"seq_len": _CONTEXT}, "train": _train(60), "evaluation_batches": 4,
         }),
         "rl": _without_name(rl("dapo"), {
             "init_from": _LATER, "environments": {"names": (_TASK,), "difficulties": (_HARD,)},

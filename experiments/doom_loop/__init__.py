@@ -14,10 +14,11 @@ from etils import epath
 
 from data_pipelines.processes import end_with_parent
 from data_pipelines.tasks.numbers_game import NumbersGame
-from experiments import dpo, measure_answers, preference_data, pretrain, rl, sft, task_data, tokenize_data
+from experiments import dpo, ftpo, measure_answers, preference_data, pretrain, rl, sft, task_data, tokenize_data
 from experiments.chains import run_stage
 from experiments.doom_loop.figures import claims_of, markdown, plot, pooled
 from experiments.doom_loop.steps import ABLATIONS, CHAIN, changed, run_step
+from experiments.preference_data import loops
 from experiments.results import write_results
 from lfm_jax.configuration import ConfigError, nearest
 from lfm_jax.host_memory import keep_freed_memory
@@ -35,8 +36,9 @@ class Config:
     `experiments.doom_loop.steps.ABLATIONS`.
 
     texts: rough searches of the numbers game that are pre-trained on; hard_share: of them, of its hardest problems.
-    text, conversations, pretrain, sft, preferences, dpo, rl, measure: the settings of each stage and of the measurement. Where a
-      stage starts from and what it reads is filled in here, and so is its seed.
+    text, conversations, pretrain, sft, preferences, loops, dpo, ftpo, rl, measure: the settings of each stage and of the
+      measurement; loops and ftpo are of an ablation alone. Where a stage starts from and what it reads is filled in here, and so
+      is its seed.
     processes: seeds that are worked on at a time, each by a process that keeps to one core; 1: one after the other, on all cores.
     """
 
@@ -50,7 +52,9 @@ class Config:
     pretrain: pretrain.Config
     sft: sft.Config
     preferences: preference_data.Config
+    loops: loops.Config
     dpo: dpo.Config
+    ftpo: ftpo.Config
     rl: rl.Config
     measure: measure_answers.Config
     processes: int = 2

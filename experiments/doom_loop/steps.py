@@ -5,16 +5,18 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from experiments import dpo, measure_answers, preference_data, pretrain, rl, sft
+from experiments import dpo, ftpo, measure_answers, preference_data, pretrain, rl, sft
 from experiments.chains import run_stage, seconds_of
+from experiments.preference_data import loops
 from lfm_jax.configuration import from_mapping, to_mapping
 
-STAGES = {"pretrain": pretrain, "sft": sft, "preferences": preference_data, "dpo": dpo, "rl": rl}
+STAGES = {"pretrain": pretrain, "sft": sft, "preferences": preference_data, "loops": loops, "dpo": dpo, "ftpo": ftpo, "rl": rl}
 
 
 class Step(NamedTuple):
     """name: of its folder. stage: of `STAGES`. after: the step whose model it starts from; None: from nothing.
-    pairs: the step that makes its pairs. changes: of the stage's settings, by dotted path."""
+    pairs: the step that makes its pairs, or the answers that it makes pairs of. changes: of the stage's settings, by dotted
+    path."""
 
     name: str
     stage: str
@@ -25,7 +27,7 @@ class Step(NamedTuple):
     @property
     def measured(self) -> bool:
         """Whether a model comes of it."""
-        return self.stage != "preferences"
+        return self.stage not in ("preferences", "loops")
 
 
 CHAIN = (
@@ -49,6 +51,10 @@ ABLATIONS: dict[str, tuple[Step, ...]] = {
     "best_worst_rule": (
         Step("preferences_best_worst", "preferences", "sft", changes={"pairs.rule": "score"}),
         Step("dpo_best_worst", "dpo", "sft", "preferences_best_worst"),
+    ),
+    "final_token": (
+        Step("loops", "loops", "sft", "preferences"),
+        Step("ftpo", "ftpo", "sft", "loops"),
     ),
     "no_penalty": (Step("rl_no_penalty", "rl", "dpo", changes=_NO_PENALTY),),
     "no_dpo": (Step("rl_no_dpo", "rl", "sft"),),
@@ -93,6 +99,8 @@ def _places(workdir: epath.Path, config: Any, seed: int, step: Step) -> dict[str
     folder = workdir / f"seed_{seed}"
     if step.stage == "preferences":
         return {"init_from": str(folder / step.after), "seed": seed * config.preferences.prompts}
+    if step.stage == "loops":
+        return {"init_from": str(folder / step.after), "rollouts": str(folder / step.pairs)}
     places: dict[str, Any] = {"train.seed": seed}
     if step.stage == "pretrain":
         places |= {"tokens_from": [str(workdir / "text")], "loader.seed": seed}
@@ -103,4 +111,6 @@ def _places(workdir: epath.Path, config: Any, seed: int, step: Step) -> dict[str
         places |= {"data.sources": [str(files / f"{name}.jsonl") for name in config.conversations.tasks], "loader.seed": seed}
     if step.stage == "dpo":
         places |= {"data.sources": [str(folder / step.pairs / "pairs")], "loader.seed": seed}
+    if step.stage == "ftpo":
+        places |= {"pairs": str(folder / step.pairs / loops.FOLDER), "loader.seed": seed}
     return places

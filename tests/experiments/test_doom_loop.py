@@ -16,25 +16,26 @@ from data_pipelines.tasks.numbers_game import NumbersGame
 from experiments import doom_loop
 from experiments.doom_loop import Config
 from experiments.doom_loop.figures import claims_of, differs, markdown, pooled
-from experiments.doom_loop.steps import ABLATIONS, CHAIN, changed
+from experiments.doom_loop.steps import ABLATIONS, CHAIN, Step, changed
 from lfm_jax.configuration import ConfigError, from_mapping
 
 COMMAND = "--config=configs/doom_loop.py:quick"
 STAGES = ("pretrain", "sft", "preferences", "dpo", "rl")
+STEPS = (*STAGES, "loops", "ftpo")
 TINY = {
-    "texts": 300, "conversations.conversations": 200, "ablations": "()", "pretrain.optimizer.matrices": "adamw",
+    "texts": 300, "conversations.conversations": 200, "ablations": "final_token", "pretrain.optimizer.matrices": "adamw",
     "pretrain.model.embed_dim": 16,
     "pretrain.model.layer_types": "conv,full_attention", "pretrain.model.mlp_dim": 32, "pretrain.model.num_heads": 1,
     "pretrain.model.head_dim": 16, "measure.problems": 8, "measure.temperatures": "0,0.6", "measure.max_new_tokens": 32,
     "preferences.max_new_tokens": 46, "preferences.prompts": 32, "preferences.temperature": 5.0, "text.tokenization.workers": 1,
     "rl.rollouts.max_new_tokens": 32, "rl.rollouts.seq_len": 64, "rl.rollouts.prompts": 8,
     "rl.rollouts.temperatures": "((1.0,1),(0.0,1))", "rl.evaluation.problems": 8, "rl.rollouts.buckets": 1,
-    "dpo.data.held_out_share": 0.5,
+    "dpo.data.held_out_share": 0.5, "ftpo.held_out_share": 0.5, "ftpo.loader.batch_size": 8,
     **{f"{stage}.loader.seq_len": 64 for stage in ("pretrain", "sft", "dpo")},
     **{f"{stage}.loader.batch_size": 8 for stage in ("pretrain", "sft", "dpo")},
-    **{f"{stage}.train.{what}": 2 for stage in STAGES if stage != "preferences"
+    **{f"{stage}.train.{what}": 2 for stage in (*STAGES, "ftpo") if stage != "preferences"
        for what in ("steps", "evaluate_every", "checkpoint_every")},
-    **{f"{stage}.optimizer.schedule.warmup_steps": 0 for stage in STAGES if stage != "preferences"},
+    **{f"{stage}.optimizer.schedule.warmup_steps": 0 for stage in (*STAGES, "ftpo") if stage != "preferences"},
 }  # fmt: skip
 
 
@@ -76,21 +77,21 @@ def test_the_whole_chain_stopped_in_the_middle_goes_on_where_it_was(tmp_path):
 def _check_results(results, seed):
     rows = results["rows"]
     assert [(row["step"], row["temperature"]) for row in rows] == [
-        (stage, temperature) for stage in STAGES if stage != "preferences" for temperature in (0.0, 0.6)
+        (step, temperature) for step in STEPS if step not in ("preferences", "loops") for temperature in (0.0, 0.6)
     ]
     for row in rows:
         answers = [json.loads(line) for line in (seed / f"{row['step']}_measured" / "answers.jsonl").read_text().splitlines()]
         answers = [each for each in answers if each["temperature"] == row["temperature"]]
         assert row["tail_loop_share"] == np.mean([each["ending"] == "tail_loop" for each in answers]) and row["answers"] == 8
-    assert set(results["seconds_by_step"]) == set(STAGES) and min(min(each) for each in results["seconds_by_step"].values()) > 0
-    assert [claim["step"] for claim in results["claims"]] == ["dpo", "rl"]
+    assert set(results["seconds_by_step"]) == set(STEPS) and min(min(each) for each in results["seconds_by_step"].values()) > 0
+    assert [claim["step"] for claim in results["claims"]] == ["dpo", "rl", "ftpo"]
 
 
 def _check_starts(workdir):
     """Each stage began with the model of the stage before, by the tokenizer that the text was read with."""
     config = lambda name: json.loads((workdir / "seed_0" / name / "config.json").read_text())
-    assert {name: epath.Path(config(name)["init_from"]).name for name in STAGES[1:]} == {
-        "sft": "pretrain", "preferences": "sft", "dpo": "sft", "rl": "dpo",
+    assert {name: epath.Path(config(name)["init_from"]).name for name in STEPS[1:]} == {
+        "sft": "pretrain", "preferences": "sft", "dpo": "sft", "rl": "dpo", "loops": "sft", "ftpo": "sft",
     }  # fmt: skip
     tokenizers = {(workdir / "seed_0" / name / "tokenizer" / "tokenizer.model").read_bytes() for name in ("sft", "dpo", "rl")}
     assert tokenizers == {(workdir / "text" / "tokenizer" / "tokenizer.model").read_bytes()}
@@ -107,7 +108,7 @@ def test_an_ablation_is_the_stage_with_one_thing_changed(name):
     for step in ABLATIONS[name]:
         assert step.after in made and (step.pairs is None or step.pairs in made) and step.name not in made
         made.add(step.name)
-        chain = next(each for each in CHAIN if each.stage == step.stage)
+        chain = next((each for each in CHAIN if each.stage == step.stage), Step("none", step.stage, None))
         same = getattr(config, step.stage)
         assert changed(same, step.changes or {}) != same or (step.after, step.pairs) != (chain.after, chain.pairs)
 
