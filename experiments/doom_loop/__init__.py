@@ -91,9 +91,9 @@ def main(config: Config, workdir: epath.Path) -> None:
         with ProcessPoolExecutor(config.processes, spawn, _begin_process, (spawn.Value("i", 0), str(workdir))) as pool:
             waiting = [pool.submit(_in_process, config, str(workdir), seed, chain) for seed, chain in enumerate(chains)]
             found = [each.result() for each in waiting]
-    rows, claims = pooled(found), claims_of(found)
-    (workdir / "doom_loop.md").write_text(markdown(rows, claims))
-    plot(rows, workdir / "doom_loop.png")
+    rows, compared, claims = pooled(found), pooled(found[: config.ablation_seeds] or found), claims_of(found)
+    (workdir / "doom_loop.md").write_text(markdown(rows, compared, claims))
+    plot(rows, compared, workdir / "doom_loop.png")
     write_results(workdir, _figures(found, rows, claims) | {"seconds": time.monotonic() - begin}, config)
     print((workdir / "doom_loop.md").read_text())
 

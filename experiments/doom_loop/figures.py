@@ -86,12 +86,20 @@ def claims_of(found: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[dict[str
     return claims
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, Any]]) -> str:
-    """The tables: the chain, the steps left out, and what counts."""
+def markdown(
+    rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, Any]]
+) -> str:
+    """The tables: the chain, the ablations beside the chain of the seeds that they were run with, and what counts.
+
+    Args:
+      rows, compared: as of `pooled`, of all seeds and of those of the ablations.
+    """
     chain = {step.name for step in CHAIN}
+    others = [row for row in compared if row["step"] != "pretrain"]
+    beside = others if any(row["step"] not in chain for row in others) else []
     head = "| step | seeds | temperature | doom loops | loops anywhere | limit, no loop | right | tokens | of right answers |"
     lines = []
-    for part in ([row for row in rows if row["step"] in chain], [row for row in rows if row["step"] not in chain]):
+    for part in ([row for row in rows if row["step"] in chain], beside):
         if part:
             lines += [head, "|---|---|---|---|---|---|---|---|---|", *(_line(row) for row in part), ""]
     lines.append("| from SFT to | greedy loops fell | loops rose at | accuracy fell at | length kept | counts |")
@@ -111,15 +119,18 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells + lengths)} |"
 
 
-def plot(rows: Sequence[Mapping[str, Any]], path: epath.Path) -> None:
-    """Doom loops, accuracy and lengths by stage and temperature, with intervals and each seed's dots; and the steps left out."""
+def plot(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]], path: epath.Path) -> None:
+    """Doom loops, accuracy and lengths by stage and temperature, with intervals and each seed's dots; and the ablations.
+
+    Args:
+      rows, compared: as of `markdown`.
+    """
     from matplotlib.figure import Figure
 
     stages = [step.name for step in CHAIN if step.measured]
     others = [step.name for steps in ABLATIONS.values() for step in steps]
-    others = [name for name in others if any(row["step"] == name for row in rows)]
     figure = Figure(figsize=(12, 8), layout="constrained")
-    (loops, right), (lengths, left_out) = figure.subplots(2, 2)
+    (loops, right), (lengths, ablations) = figure.subplots(2, 2)
     for number, temperature in enumerate(sorted({row["temperature"] for row in rows})):
         of = {row["step"]: row for row in rows if row["temperature"] == temperature}
         found = [(place, of[stage]) for place, stage in enumerate(stages) if stage in of]
@@ -136,7 +147,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: epath.Path) -> None:
         axes.legend(frameon=False, fontsize="small")
         axes.grid(alpha=0.3)
     lengths.set_ylim(0, 1.4 * lengths.get_ylim()[1])  # room for what the lines are
-    _bars(left_out, [row for row in rows if row["temperature"] == 0], ["sft", "dpo", "rl", *others])
+    _bars(ablations, [row for row in compared if row["temperature"] == 0], ["sft", "dpo", "rl", *others])
     with path.open("wb") as file:
         figure.savefig(file, format="png", dpi=110)
 
@@ -153,13 +164,15 @@ def _curve(axes: Any, found: Sequence[tuple[int, Mapping[str, Any]]], name: str,
 
 
 def _bars(axes: Any, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-    """Greedy doom loops and accuracy of each step, on the seeds that it was run with."""
+    """Greedy doom loops and accuracy of each of the steps that is there."""
     of = {row["step"]: row for row in rows}
     names = [name for name in names if name in of]
     for shift, name, label in ((-0.2, "tail_loop", "doom loops, greedy"), (0.2, "right", "right, greedy")):
         shares = [100 * of[step][f"{name}_share"] for step in names]
         axes.barh([place + shift for place in range(len(names))], shares, height=0.38, label=label)
-    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="%")
+    seeds = max((row["seeds"] for row in rows), default=0)
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel=f"% of the greedy answers of {seeds} seed{'s' * (seeds > 1)}")
+    axes.set_xlim(0, 1.4 * axes.get_xlim()[1])  # room for what the bars are
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize="small")
     axes.grid(alpha=0.3, axis="x")

@@ -185,4 +185,15 @@ def test_shares_are_of_the_answers_of_all_seeds():
     interval = scipy.stats.binomtest(80, 500).proportion_ci(method="wilson")
     assert (rows[0]["tail_loop_low"], rows[0]["tail_loop_high"]) == pytest.approx((interval.low, interval.high))
     assert rows[0]["mean_tokens_right"] == pytest.approx(130 / 3) and rows[0]["seeds"] == 3
-    assert "| sft | 3 | 0 | 16.0 % (13.0 to 19.5) |" in markdown(rows, [])
+    assert "| sft | 3 | 0 | 16.0 % (13.0 to 19.5) |" in markdown(rows, [], [])
+
+
+def test_an_ablation_stands_beside_the_chain_of_its_own_seed():
+    found = [{"pretrain": SFT, "sft": SFT, "dpo_plain": measured((4, 0), (1, 1))}, {"sft": measured((20, 0), (40, 50))}]
+    text = markdown(pooled(found), pooled(found[:1]), [])
+    chain, beside = (part.splitlines()[2:] for part in text.split("\n\n")[:2])
+    steps = lambda lines: [line.split(" | ")[:3] for line in lines]
+    assert steps(chain) == [["| pretrain", "1", "0"], ["| pretrain", "1", "0.6"], ["| sft", "2", "0"], ["| sft", "2", "0.6"]]
+    assert steps(beside) == [["| sft", "1", "0"], ["| sft", "1", "0.6"], ["| dpo_plain", "1", "0"], ["| dpo_plain", "1", "0.6"]]
+    assert "30.0 %" in beside[0] and "20.0 %" in chain[2]
+    assert len(markdown(pooled(found[1:]), pooled(found[1:]), []).split("\n\n")) == 2  # nothing was left out
