@@ -7,7 +7,7 @@ which repeat themselves; fine-tuned on clean ones; asked for preference data, fi
 first; trained on the pairs with length-normalised DPO; and by reinforcement learning with a penalty for repeated n-grams, on
 answers at low temperatures and greedy ones. After each step 256 held-out problems with one solution are answered, greedily and at
 temperatures 0.1 and 0.6. Each stage is the one of its own config, in a workdir of its own (seed_0/sft, ...), with the settings
-below; what has ended is not run again. Ablations leave one thing out, with the first seed.
+below; what has ended is not run again. Ablations leave one thing out, or put another loss in its place, with the first seed.
 
 Gives doom_loop.md, the shares of doom loops beside accuracy and length, with intervals, over all seeds; doom_loop.png, beside the
 shape that was published (15.7 %, about the same, about 4 %, 0.36 %); and in results.json which falls count: only those without a
