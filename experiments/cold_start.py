@@ -37,7 +37,8 @@ class Config:
       probes or in the rollouts that are kept. conversations: of each cold environment, at most. A tenth of their questions is
       held out of the fine-tuning; where that would be none or all of an environment's, as few as can be.
     loader, optimizer, train: of the fine-tuning, which starts from the run's model.
-    rl_steps: of the reinforcement learning after it, which has the run's settings otherwise; None: as many as the run had.
+    rl_steps: of the reinforcement learning after it, which has the run's settings otherwise, but the next `train.seed`, so that
+      it practises what no example has shown; None: as many as the run had.
     """
 
     run: str
@@ -105,7 +106,8 @@ def _cold(run: epath.Path) -> dict[str, Any]:
 
 
 def _again(before: rl.Config, cold: dict[str, Any], init_from: str, steps: int | None) -> rl.Config:
-    """The run's settings from another model on; what was cold begins with the difficulty at which it was."""
+    """The run's settings from another model on, with other problems than those of the run and of the examples; what was cold
+    begins with the difficulty at which it was."""
     found = [source_named(name, before.environments.max_turns).name for name in before.environments.names]
     starts = before.environments.difficulties or (1,) * len(found)
     difficulties = tuple(cold[name]["difficulty"] if name in cold else start for name, start in zip(found, starts, strict=True))
@@ -113,7 +115,7 @@ def _again(before: rl.Config, cold: dict[str, Any], init_from: str, steps: int |
         before,
         init_from=init_from,
         environments=dataclasses.replace(before.environments, difficulties=difficulties),
-        train=dataclasses.replace(before.train, steps=steps or before.train.steps),
+        train=dataclasses.replace(before.train, steps=steps or before.train.steps, seed=before.train.seed + 1),
     )
 
 

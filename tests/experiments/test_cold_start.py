@@ -80,7 +80,7 @@ def test_its_problems_are_learnt_at_its_difficulty_and_then_practised(cold, stag
     assert (tuned.init_from, where, last) == (str(folder), tmp_path / "again" / "sft", tmp_path / "again" / "rl")
     assert tuned.data.chat_format == "lfm2_5"
     assert tuned.data.sources == (str(tmp_path / "again" / "examples" / "arithmetic.jsonl"),)
-    assert (after.init_from, after.train.steps) == (str(tmp_path / "again" / "sft"), 3)
+    assert (after.init_from, after.train.steps, after.train.seed) == (str(tmp_path / "again" / "sft"), 3, 1)
     assert after.environments.difficulties == (1, 2) and after.environments.names == ("word_problems", "arithmetic")
     assert figures["environments"] == [
         {"environment": "arithmetic", "difficulty": 2, "verdict": "absent", "examples": 5, "accuracy_after_sft": 0.625,
