@@ -5,9 +5,9 @@
 `run` is the workdir of configs/rl.py whose `cold.json` names environments in which no answer was ever right, with pass@k of a
 probe: "rare", RL may find it with more samples, or "absent", there is nothing to make likelier (DeepSeek-R1, 2025, begins with
 thousands of such examples for that reason). Examples are the generator's worked solutions, or with `--config.source=rollouts`
-what the policy itself got right. Then sft/ and rl/ follow in the workdir, each resumed where it stopped; rl/ practises problems
-that no example has shown. Gives the accuracy of the run, after fine-tuning and after RL, and whether the environment is still
-cold. The whole loop from nothing, 20 minutes of two cores:
+what the policy itself got right. Then sft/ and rl/ follow in the workdir, each resumed where it stopped; rl/ draws
+other problems than the examples, as far as a task has so many. Gives the accuracy of the run, after fine-tuning and after RL, and whether the environment is still
+cold. The whole loop from nothing, 22 minutes of two shared cores:
 
     python run.py --config=configs/quickstart.py --workdir=workdirs/quickstart
     python run.py --config=configs/rl.py --workdir=workdirs/rl --config.init_from=workdirs/quickstart \
@@ -16,8 +16,9 @@ cold. The whole loop from nothing, 20 minutes of two cores:
     python run.py --config=configs/cold_start.py --workdir=workdirs/cold_start --config.run=workdirs/rl \
         --config.conversations=8192 --config.loader.seq_len=256 --config.rl_steps=40
 
-Expect `absent`, 0 % right, and after 300 steps of fine-tuning about 64 %; the environment is not cold any longer, but 40 steps of
-RL change less than 64 held-out problems can tell (docs/log.md, 2026-11-28).
+Expect `absent`, 0 % right, and after 300 steps of fine-tuning about 64 %; the environment is not cold any longer. 40 steps
+of RL, then still on the examples' own problems, left 61 %, which is no change that 64 held-out problems could tell (docs/log.md,
+2026-11-28).
 """
 
 from ml_collections import ConfigDict

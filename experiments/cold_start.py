@@ -37,8 +37,8 @@ class Config:
       probes or in the rollouts that are kept. conversations: of each cold environment, at most. A tenth of their questions is
       held out of the fine-tuning; where that would be none or all of an environment's, as few as can be.
     loader, optimizer, train: of the fine-tuning, which starts from the run's model.
-    rl_steps: of the reinforcement learning after it, which has the run's settings otherwise, but the next `train.seed`, so that
-      it practises what no example has shown; None: as many as the run had.
+    rl_steps: of the reinforcement learning after it, which has the run's settings otherwise, but the next `train.seed`,
+      by which it draws other problems than the examples; None: as many as the run had.
     """
 
     run: str
