@@ -5,9 +5,9 @@
 `run` is the workdir of configs/rl.py whose `cold.json` names environments in which no answer was ever right, with pass@k of a
 probe: "rare", RL may find it with more samples, or "absent", there is nothing to make likelier (DeepSeek-R1, 2025, begins with
 thousands of such examples for that reason). Examples are the generator's worked solutions, or with `--config.source=rollouts`
-what the policy itself got right. Then sft/ and rl/ follow in the workdir, each resumed where it stopped; rl/ draws
-other problems than the examples, as far as a task has so many. Gives the accuracy of the run, after fine-tuning and after RL, and whether the environment is still
-cold. The whole loop from nothing, 22 minutes of two shared cores:
+what the policy itself got right. Then sft/ and rl/ follow in the workdir, each resumed where it stopped; rl/ draws other problems
+than the examples, as far as a task has so many. Gives the accuracy of the run, after fine-tuning and after RL, and whether the
+environment is still cold. The whole loop from nothing, 22 minutes of two shared cores:
 
     python run.py --config=configs/quickstart.py --workdir=workdirs/quickstart
     python run.py --config=configs/rl.py --workdir=workdirs/rl --config.init_from=workdirs/quickstart \
