@@ -188,12 +188,17 @@ def test_shares_are_of_the_answers_of_all_seeds():
     assert "| sft | 3 | 0 | 16.0 % (13.0 to 19.5) |" in markdown(rows, [], [])
 
 
-def test_an_ablation_stands_beside_the_chain_of_its_own_seed():
-    found = [{"pretrain": SFT, "sft": SFT, "dpo_plain": measured((4, 0), (1, 1))}, {"sft": measured((20, 0), (40, 50))}]
-    text = markdown(pooled(found), pooled(found[:1]), [])
-    chain, beside = (part.splitlines()[2:] for part in text.split("\n\n")[:2])
-    steps = lambda lines: [line.split(" | ")[:3] for line in lines]
-    assert steps(chain) == [["| pretrain", "1", "0"], ["| pretrain", "1", "0.6"], ["| sft", "2", "0"], ["| sft", "2", "0.6"]]
-    assert steps(beside) == [["| sft", "1", "0"], ["| sft", "1", "0.6"], ["| dpo_plain", "1", "0"], ["| dpo_plain", "1", "0.6"]]
-    assert "30.0 %" in beside[0] and "20.0 %" in chain[2]
-    assert len(markdown(pooled(found[1:]), pooled(found[1:]), []).split("\n\n")) == 2  # nothing was left out
+def test_an_ablation_stands_beside_the_chain_of_its_own_seed(tmp_path, monkeypatch):
+    of_seeds = [
+        {"pretrain": SFT, "sft": SFT, "dpo": SFT, "rl": SFT, "dpo_plain": measured((4, 0), (1, 1))},
+        dict.fromkeys(("pretrain", "sft", "dpo", "rl"), measured((20, 0), (40, 50))),
+    ]
+    monkeypatch.setattr(doom_loop, "_prepare", lambda *_: None)
+    monkeypatch.setattr(doom_loop, "run_chain", lambda config, workdir, seed, steps: of_seeds[seed])
+    doom_loop.main(settings(seeds="2", ablations="plain_dpo"), epath.Path(tmp_path))
+    chain, beside = (part.splitlines()[2:] for part in (tmp_path / "doom_loop.md").read_text().split("\n\n")[:2])
+    greedy = lambda lines: [line.split(" | ")[:4] for line in lines if " | 0 | " in line]
+    begins = lambda lines: [(step, seeds, share.partition(" ")[0]) for step, seeds, _, share in greedy(lines)]
+    assert begins(chain) == [(f"| {step}", "2", "20.0") for step in ("pretrain", "sft", "dpo", "rl")]
+    assert begins(beside) == [(f"| {step}", "1", "30.0") for step in ("sft", "dpo", "rl")] + [("| dpo_plain", "1", "2.0")]
+    assert len(markdown(pooled(of_seeds[1:]), pooled(of_seeds[1:]), []).split("\n\n")) == 2  # nothing was left out
