@@ -78,6 +78,7 @@ def _one(name: str) -> dict[str, Any]:
         "meshes": tuple(MeshConfig(**sizes) for sizes in meshes),
         "accumulations": (2,),
         "remats": ("dots", "full"),
+        "scan_layers": (True,) if preset(name).moe is not None else (),  # else slower (docs/benchmarks/pod_plan.md)
     }
 
 
@@ -91,7 +92,8 @@ def _scale(*topologies: str) -> dict[str, Any]:
 _TABLES = {
     "all": {
         "presets": tuple(name for name in PRESETS if name not in SMALL), "topologies": ("v5e:16x16", "v5p:8x8x8", "v6e:16x16"),
-        "tokens_per_device": 8192, "search": "first", "accumulations": (2,), "remats": ("dots", "full"), "total_tokens": 10**12,
+        "tokens_per_device": 8192, "search": "first", "accumulations": (2,), "remats": ("dots", "full"), "scan_layers": (True,),
+        "total_tokens": 10**12,
     },
     "scale": _scale("v5e:4x4", "v5e:8x8", "v5e:16x16"),
     "scale_v5p": _scale("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x8"),

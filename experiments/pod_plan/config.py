@@ -44,9 +44,9 @@ class Config:
     total_tokens: of the whole run, for days and chip-hours.
     mesh, accumulation, compute: the layout that is tried first. mesh None: as the memory asks for (`search.starting_mesh`). Of
       any mesh, `context` grows where there are fewer rows than devices (`search.split_sequences`).
-    meshes, accumulations, remats: what else is tried; none: nothing else.
-    search: "greedy" takes mesh, accumulation and rematerialisation one after the other, each at its best; "full" all products;
-      "first" one policy of rematerialisation after the other, each with every accumulation, and ends at what fits.
+    meshes, accumulations, remats, scan_layers: what else is tried; none: nothing else.
+    search: "greedy" takes mesh, accumulation, rematerialisation and layers in loops one after the other, each at its best; "full"
+      all products; "first" one policy of rematerialisation after the other, each with every accumulation, and ends at what fits.
     options: of the TPU compiler, NAME=VALUE each, over those that a launch sets (lfm_jax/sharding/flags.py).
     compile_seconds: that one compilation may take.
     published: runs that are planned as they were, and compared with what was measured.
@@ -68,6 +68,7 @@ class Config:
     meshes: tuple[MeshConfig, ...] = ()
     accumulations: tuple[int, ...] = ()
     remats: tuple[Remat, ...] = ()
+    scan_layers: tuple[bool, ...] = ()
     options: tuple[str, ...] = ()
     compile_seconds: float = 3600.0
     published: tuple[PublishedRun, ...] = ()

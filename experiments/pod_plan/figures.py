@@ -44,9 +44,9 @@ def measure(job: Job, folder: epath.Path, total_tokens: int, compile_seconds: fl
         problem = "does not fit"
     row = {
         "topology": job.topology, "devices": devices, "seq_len": job.seq_len, "rows": job.rows, "mesh": mesh_text(job.mesh),
-        "accumulation": job.accumulation, "remat": job.compute.remat, "fits": fits, "problem": problem,
-        "peak_bytes": found.peak_bytes, "capacity_bytes": chip.hbm_capacity, **found.memory, "compile_seconds": found.seconds,
-        "seconds_per_step": None,
+        "accumulation": job.accumulation, "remat": job.compute.remat, "scan_layers": job.compute.scan_layers,
+        "fits": fits, "problem": problem, "peak_bytes": found.peak_bytes, "capacity_bytes": chip.hbm_capacity, **found.memory,
+        "compile_seconds": found.seconds, "seconds_per_step": None,
     }  # fmt: skip
     if found.text is None:
         return row

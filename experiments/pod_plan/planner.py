@@ -63,13 +63,15 @@ def _options(config: Config, topology: str) -> tuple[str, ...]:
 
 def _plan(config: Config, workdir: epath.Path, console: Console, name: str, topology: str, seq_len: int):
     """(the recommended layout's figures, those of all layouts without their tables, the remedies if none fits)."""
-    first = Layout(config.mesh or starting_mesh(preset(name), topology), config.accumulation, config.compute.remat)
+    mesh, compute = config.mesh or starting_mesh(preset(name), topology), config.compute
+    first = Layout(mesh, config.accumulation, compute.remat, compute.scan_layers)
     batch = _batch(config, topology, seq_len)
 
     def attempt(layout: Layout) -> dict[str, Any]:
         job = Job(
             model=preset(name), topology=topology, mesh=layout.mesh, rows=batch.rows, seq_len=seq_len,
-            accumulation=layout.accumulation, compute=dataclasses.replace(config.compute, remat=layout.remat),
+            accumulation=layout.accumulation,
+            compute=dataclasses.replace(compute, remat=layout.remat, scan_layers=layout.scan_layers),
             optimizer=config.optimizer, loss=config.loss, options=_options(config, topology),
         )  # fmt: skip
         what = f"{name} on {topology}, {batch.rows} x {seq_len:,}, {layout}"

@@ -13,17 +13,22 @@ from lfm_jax.models.accounting import parameter_count
 from lfm_jax.sharding import CHUNKS, MeshConfig, mesh_sizes
 from lfm_jax.sharding.chips import CHIPS
 
+IN_LOOPS = " in loops"  # behind a layout whose layers are passes of a loop
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """mesh: devices along each axis; accumulation: micro-batches of a step; remat: what the backward pass computes again."""
+    """mesh: devices along each axis; accumulation: micro-batches of a step; remat: what the backward pass computes again.
+
+    scan_layers: whether layers are passes of a loop (`ComputeConfig`).
+    """
 
     mesh: MeshConfig
     accumulation: int
     remat: str
+    scan_layers: bool = False
 
     def __str__(self) -> str:
-        return f"{mesh_text(self.mesh)}, {self.accumulation} x {self.remat}"
+        return f"{mesh_text(self.mesh)}, {self.accumulation} x {self.remat}{IN_LOOPS * self.scan_layers}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,7 @@ def search(config: Config, batch: Batch, first: Layout, attempt: Callable[[Layou
         "mesh": (first.mesh, *config.meshes),
         "accumulation": (first.accumulation, *config.accumulations),
         "remat": (first.remat, *config.remats),
+        "scan_layers": (first.scan_layers, *config.scan_layers),
     }
     tried: dict[Layout, Trial] = {}
 
@@ -96,8 +102,9 @@ def search(config: Config, batch: Batch, first: Layout, attempt: Callable[[Layou
             run(Layout(*values))
         return tried
     if config.search == "first":
-        for remat, accumulation in itertools.product(choices["remat"], choices["accumulation"]):
-            if tried[run(Layout(first.mesh, accumulation, remat))]["fits"]:
+        outermost_first = (choices[name] for name in ("scan_layers", "remat", "accumulation"))
+        for scan_layers, remat, accumulation in itertools.product(*outermost_first):
+            if tried[run(Layout(first.mesh, accumulation, remat, scan_layers))]["fits"]:
                 break
         return tried
     at = first  # as proposed: with more micro-batches, `context` is found anew
@@ -131,7 +138,7 @@ def ladder(first: Layout, tried: dict[Layout, Trial]) -> list[dict[str, Any]]:
             continue
         changes = [
             f"{name} {mesh_text(new) if name == 'mesh' else new}"
-            for name in ("mesh", "accumulation", "remat")
+            for name in ("mesh", "accumulation", "remat", "scan_layers")
             if (new := getattr(layout, name)) != getattr(first, name)
         ]
         rows.append({"remedy": ", ".join(changes), "saved_bytes": start - peak, "peak_bytes": peak, "fits": trial["fits"]})

@@ -8,6 +8,7 @@ from etils import epath
 from experiments.markdown import markdown_table
 from experiments.pod_plan.collectives import KINDS
 from experiments.pod_plan.figures import totals
+from experiments.pod_plan.search import IN_LOOPS
 from experiments.report import format_figure
 
 NOTE = (
@@ -52,7 +53,7 @@ def headline(plans: list[dict[str, Any]]) -> dict[str, Any]:
 _WHAT = {
     "preset": lambda row: row["preset"], "slice": lambda row: row["topology"],
     "rows x context": lambda row: f"{row['rows']} x {row['seq_len']:,}",
-    "layout": lambda row: f"{row['mesh']}; {row['accumulation']} x {row['remat']}",
+    "layout": lambda row: f"{row['mesh']}; {row['accumulation']} x {row['remat']}{IN_LOOPS * row['scan_layers']}",
 }  # fmt: skip
 
 

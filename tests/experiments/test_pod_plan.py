@@ -64,6 +64,22 @@ def test_the_first_that_fits_ends_the_search_from_the_fastest_to_the_leanest():
     assert best(tried) == Layout(HALVES, 2, "dots")
 
 
+def test_layers_in_loops_are_the_last_that_is_tried():
+    settings = config(search="first", accumulations=(2,), remats=("full",), scan_layers=(True,))
+    halved = lambda layout: peak(layout) * (0.5 if layout.scan_layers else 1.0)
+    tried = search(settings, PLENTY, Layout(WHOLE, 1, "none"), attempts(halved, capacity=2.0))
+    assert [str(layout) for layout in tried][3:] == [
+        "fsdp=all, 2 x full", "fsdp=all, 1 x none in loops", "fsdp=all, 2 x none in loops", "fsdp=all, 1 x full in loops",
+        "fsdp=all, 2 x full in loops",
+    ]  # fmt: skip
+    assert best(tried) == Layout(WHOLE, 2, "full", True)
+    settings = config(accumulations=(2,), remats=("full",), scan_layers=(True,))
+    tried = search(settings, PLENTY, Layout(WHOLE, 1, "none"), attempts(halved, capacity=2.0))
+    assert list(tried)[-1] == best(tried) == Layout(WHOLE, 2, "full", True)
+    (remedy, *_) = ladder(Layout(WHOLE, 1, "none"), tried)
+    assert remedy["remedy"] == "accumulation 2, remat full, scan_layers True" and remedy["fits"]
+
+
 @pytest.mark.parametrize(
     "name, topology, fsdp",
     [
@@ -226,14 +242,15 @@ def test_a_scale_needs_two_slices_or_contexts(tmp_path):
 
 def test_the_tables_tell_flops_and_bytes_by_kind():
     row = {"preset": "nano", "topology": "v5e:2x2", "seq_len": 512, "rows": 4, "mesh": "data=all", "accumulation": 1}
-    row |= {"remat": "none", "model_flops_per_device": 2.5e12, "compiled_matmul_flops_per_device": 2.25e12}
+    row |= {"remat": "none", "scan_layers": True, "model_flops_per_device": 2.5e12, "compiled_matmul_flops_per_device": 2.25e12}
     row["collectives"] = [{"kind": "all-reduce", "bytes": 3e9}, {"kind": "all-gather", "bytes": 0.5e9}]
-    refused = {key: row[key] for key in ("preset", "topology", "seq_len", "rows", "accumulation", "remat")} | {"mesh": "none"}
+    known = ("preset", "topology", "seq_len", "rows", "accumulation", "remat")
+    refused = {key: row[key] for key in known} | {"mesh": "none", "scan_layers": False}
     lines = tables.markdown([row, refused], [], [], []).splitlines()
     about = "| nano | v5e:2x2 | 4 x 512"
     columns = "model TFLOP | matmul TFLOP | all-gather GB | all-reduce GB | reduce-scatter GB | all-to-all GB"
     assert f"| preset | slice | rows x context | layout | {columns} | ragged-all-to-all GB | collective-permute GB |" in lines
-    assert f"{about} | data=all; 1 x none | 2.50 | 2.25 | 0.500 | 3.000 | 0.000 | 0.000 | 0.000 | 0.000 |" in lines
+    assert f"{about} | data=all; 1 x none in loops | 2.50 | 2.25 | 0.500 | 3.000 | 0.000 | 0.000 | 0.000 | 0.000 |" in lines
     assert f"{about} | none; 1 x none {'|  ' * 8}|" in lines
     assert ("sent by all-reduce", "3.0 GB") in list(tables.plan_lines(row))
 
