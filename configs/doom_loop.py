@@ -34,7 +34,7 @@ _NEW_TOKENS, _CONTEXT = 160, 192
 _LATER = "(the step before)"  # filled in by the experiment
 # The more there is to see the earlier, for whoever stops the run.
 _ABLATIONS = ("no_greedy_rollout", "final_token", "no_dpo", "no_penalty", "temperature_1", "plain_dpo", "no_dpo_temperature_1")
-_MODEL = {
+MODEL = {
     "vocab_size": 320, "embed_dim": 96, "layer_types": ("conv", "full_attention", "full_attention"), "num_heads": 3,
     "num_kv_heads": 1, "head_dim": 32, "mlp_dim": 192, "context_length": 512,
 }  # fmt: skip
@@ -51,7 +51,8 @@ def get_config(argument: str = "") -> ConfigDict:
     return config
 
 
-def _without_name(config: ConfigDict, changes: dict[str, Any]) -> dict[str, Any]:
+def settings_of(config: ConfigDict, changes: dict[str, Any]) -> dict[str, Any]:
+    """Of a stage, with changes."""
     settings = config.to_dict()
     del settings["experiment"]
     return _merged(settings, changes)
@@ -79,27 +80,27 @@ def _whole() -> dict[str, Any]:
         "text": {"data": {"source": _LATER, "held_out_share": 0.01}, "tokenizer": {"vocab_size": 310, "train_bytes": 1 << 20}},
         "conversations": {"tasks": (_TASK,), "conversations": 16_000},
         "pretrain": {
-            "tokens_from": (_LATER,), "model": _MODEL, "loader": {"seq_len": 256, "batch_size": 16},
+            "tokens_from": (_LATER,), "model": MODEL, "loader": {"seq_len": 256, "batch_size": 16},
             "optimizer": {"learning_rate": 16e-3, "matrices": "muon", "schedule": {**_schedule("wsd", 20), "decay_share": 0.4}},
             "train": _train(600), "export": None,
         },
-        "sft": _without_name(sft(), {
+        "sft": settings_of(sft(), {
             "init_from": _LATER, "data": {"sources": (_LATER,)}, "loader": {"seq_len": 256, "batch_size": 16},
             "optimizer": {"learning_rate": 2e-3}, "train": _train(300), "evaluation_batches": 4,
         }),
-        "preferences": _without_name(preference_data(), {
+        "preferences": settings_of(preference_data(), {
             "init_from": _LATER, "tasks": (_TASK,), "difficulties": (_HARD,), "prompts": 3072, **answers,
         }),
-        "dpo": _without_name(dpo(), {
+        "dpo": settings_of(dpo(), {
             "init_from": _LATER, "data": {"sources": (_LATER,)}, "loader": {"seq_len": _CONTEXT, "batch_size": 16},
             "preference": {"sft_weight": 1.0}, "optimizer": {"learning_rate": 3e-4}, "train": _train(180),
             "evaluation_batches": 4,
         }),
-        "loops": _without_name(preference_data("loops"), {"init_from": _LATER, "rollouts": _LATER, "engine": _ENGINE}),
-        "ftpo": _without_name(ftpo(), {
+        "loops": settings_of(preference_data("loops"), {"init_from": _LATER, "rollouts": _LATER, "engine": _ENGINE}),
+        "ftpo": settings_of(ftpo(), {
             "init_from": _LATER, "pairs": _LATER, "loader": {"seq_len": _CONTEXT}, "train": _train(60), "evaluation_batches": 4,
         }),
-        "rl": _without_name(rl("dapo"), {
+        "rl": settings_of(rl("dapo"), {
             "init_from": _LATER, "environments": {"names": (_TASK,), "difficulties": (_HARD,)},
             "rollouts": {
                 "prompts": 16, "temperatures": ((0.6, 4), (0.3, 3), (0.0, 1)), "max_new_tokens": _NEW_TOKENS, "seq_len": _CONTEXT,
@@ -108,7 +109,7 @@ def _whole() -> dict[str, Any]:
             "engine": {**_ENGINE, "context": None, "prefix_bytes": 0}, "evaluation": {"problems": 64, "temperatures": (0.0,)},
             "train": _train(100, accumulation=1),
         }),
-        "measure": _without_name(measure_answers(), {
+        "measure": settings_of(measure_answers(), {
             "init_from": _LATER, "tasks": (_TASK,), "difficulties": (_HARD,), "problems": 256, **answers,
         }),
     }  # fmt: skip

@@ -1,4 +1,7 @@
-"""From a cold environment back to one that can be practised: examples of just its problems, fine-tuning on them, and RL again."""
+"""From a cold environment back to one that can be practised: examples of just its problems, fine-tuning on them, and RL again.
+
+Where there is no run yet that has gone cold, the experiment begins with one: a model is pre-trained, on anything else, and asked.
+"""
 
 import dataclasses
 import itertools
@@ -15,7 +18,7 @@ from data_pipelines.conversations import ConversationsConfig, read_conversations
 from data_pipelines.conversations.reading import split_fraction
 from data_pipelines.tasks import Shop
 from data_pipelines.tasks.shop import solve
-from experiments import rl, sft
+from experiments import pretrain, rl, sft
 from experiments.chains import run_stage
 from experiments.conversations import ConversationSources
 from experiments.results import FILE, write_results
@@ -30,8 +33,16 @@ _HELD_OUT_SHARE = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstRun:
+    """A run that goes cold: a model, and reinforcement learning of it. Where the latter starts from is filled in."""
+
+    pretrain: pretrain.Config
+    rl: rl.Config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """run: the workdir of a run of reinforcement learning that has a cold.json.
+    """run: the workdir of a run of reinforcement learning that has a cold.json; or else first: what makes one.
 
     source: of the examples: "solutions", the generator's worked ones; "rollouts", what the run's own policy got right, in its
       probes or in the rollouts that are kept. conversations: of each cold environment, at most. A tenth of their questions is
@@ -41,7 +52,8 @@ class Config:
       by which it draws other problems than the examples; None: as many as the run had.
     """
 
-    run: str
+    run: str | None = None
+    first: FirstRun | None = None
     source: Literal["solutions", "rollouts"] = "solutions"
     conversations: int = 256
     loader: LoaderConfig
@@ -50,6 +62,8 @@ class Config:
     rl_steps: int | None = None
 
     def __post_init__(self):
+        if (self.run is None) == (self.first is None):
+            raise ValueError("give run, the workdir of a run that has gone cold, or else first, the settings of what makes one")
         if self.conversations < 2:
             raise ValueError(f"conversations must be at least 2, one of which is held out, got {self.conversations}")
         if self.rl_steps is not None and self.rl_steps < 1:
@@ -57,12 +71,15 @@ class Config:
 
 
 def main(config: Config, workdir: epath.Path) -> None:
-    """Writes examples/, runs sft/ and rl/, each a workdir of its own that is resumed where it stopped, and compares the runs."""
-    run = epath.Path(config.run)
+    """Writes examples/, runs sft/ and rl/, each a workdir of its own that is resumed where it stopped, and compares the runs.
+
+    Where there is no run yet, pretrain/ and first_rl/ come before them.
+    """
+    run = _first_run(config.first, workdir) if config.run is None else epath.Path(config.run)
     before, cold = _read(run)
     counts = {name: _write_examples(config, run, before, name, about, workdir) for name, about in cold.items()}
     tuned = sft.Config(
-        init_from=config.run,
+        init_from=str(run),
         data=ConversationSources(
             sources=tuple(str(_file(workdir, name)) for name in cold), held_out_share=_held_out_share(workdir, cold),
             chat_format=before.rollouts.chat_format,
@@ -82,12 +99,18 @@ def main(config: Config, workdir: epath.Path) -> None:
     write_results(
         workdir,
         {
-            "accuracy_of_run": first.get("accuracy"), "accuracy_after_sft": after["accuracy_before"],
-            "accuracy_after_rl": after["accuracy"], "tail_loop_after_rl": after["tail_loop"],
+            **_compared("accuracy", first, after), **_compared("tail_loop", first, after),
             "sft_nll_per_token": learned["nll_per_token"], "cold": len(cold), "cold_after": len(still), "environments": rows,
         },
         config,
     )  # fmt: skip
+
+
+def _first_run(first: FirstRun, workdir: epath.Path) -> epath.Path:
+    """Its workdir."""
+    run_stage(pretrain, first.pretrain, workdir / "pretrain")
+    run_stage(rl, dataclasses.replace(first.rl, init_from=str(workdir / "pretrain")), workdir / "first_rl")
+    return workdir / "first_rl"
 
 
 def _read(run: epath.Path) -> tuple[rl.Config, dict[str, Any]]:
@@ -206,6 +229,16 @@ def _right_rollouts(run: epath.Path, name: str, about: dict[str, Any]) -> Iterat
         if key not in seen:
             seen.add(key)
             yield {"messages": messages} | ({"tools": tools} if tools else {})
+
+
+def _compared(figure: str, first: dict[str, Any], after: dict[str, Any]) -> dict[str, float | None]:
+    """Of the run, after fine-tuning and after reinforcement learning, each at every temperature."""
+    found = {}
+    for name in after:
+        if name == figure or name.startswith(f"{figure}_at_") and not name.endswith("_before"):
+            found |= {f"{name}_of_run": first.get(name), f"{name}_after_sft": after.get(f"{name}_before")}
+            found[f"{name}_after_rl"] = after[name]
+    return found
 
 
 def _of(figures: dict[str, Any], figure: str, name: str, ending: str = "") -> float:

@@ -10,7 +10,7 @@ import run
 from data_pipelines import LoaderConfig
 from data_pipelines.conversations import ConversationsConfig, read_conversations
 from data_pipelines.tasks import Shop, task_named
-from experiments import cold_start, rl, sft
+from experiments import cold_start, pretrain, rl, sft
 from experiments.cold_start import Config
 from experiments.results import write_json, write_results
 from experiments.rl.settings import EnvironmentsConfig, RolloutsConfig
@@ -41,18 +41,23 @@ def cold(tmp_path):
 
 @pytest.fixture
 def stages(monkeypatch):
-    """Stands for the two stages: (name, settings, workdir) of each that was run."""
+    """Stands for the stages: (name, settings, workdir) of each that was run. Reinforcement learning from nothing is cold."""
     ran = []
 
     def stage(module, figures):
         def main(config, workdir):
             ran.append((module, config, workdir))
-            write_results(workdir, figures, config)
+            is_first = workdir.name == "first_rl"
+            if is_first:
+                write_json(workdir / "cold.json", {"environments": {"numbers_game": COLD}})
+            write_results(workdir, figures | ({"accuracy": 0.0} if is_first else {}), config)
 
         monkeypatch.setattr(module, "main", main)
 
+    stage(pretrain, {})
     stage(sft, {"nll_per_token": 1.5})
     figures = {"accuracy": 0.75, "accuracy_before": 0.5, "tail_loop": 0.0, "accuracy_of_arithmetic": 0.875}
+    figures |= {"accuracy_at_0.6": 0.25, "accuracy_at_0.6_before": 0.125, "answer_tokens_at_0.6": 9.0}
     stage(rl, figures | {"accuracy_of_arithmetic_before": 0.625, "accuracy_of_shop": 0.25, "accuracy_of_shop_before": 0.125})
     return ran
 
@@ -89,6 +94,23 @@ def test_its_problems_are_learnt_at_its_difficulty_and_then_practised(cold, stag
     assert figures["cold"] == 1 and figures["cold_after"] == 0 and figures["sft_nll_per_token"] == 1.5
     start(folder, tmp_path / "again", conversations=5, rl_steps=3)
     assert len(stages) == 2  # what is there is not run again
+
+
+def test_from_nothing_a_model_is_trained_and_asked_before(stages, tmp_path):
+    command = ["--config=configs/cold_start.py:from_nothing", f"--workdir={tmp_path}", "--config.conversations=30"]
+    assert run.main(command) == 0
+    assert [(module, where.name) for module, _, where in stages] == [
+        (pretrain, "pretrain"), (rl, "first_rl"), (sft, "sft"), (rl, "rl"),
+    ]  # fmt: skip
+    (_, _, base), (_, asked, where), (_, tuned, learnt), (_, after, _) = stages
+    assert (asked.init_from, tuned.init_from, after.init_from) == (str(base), str(where), str(learnt))
+    assert asked.environments.names == after.environments.names == ("numbers_game",)
+    assert (asked.train.steps, asked.train.seed, after.train.steps, after.train.seed) == (8, 0, 100, 1)
+    figures = json.loads((tmp_path / "results.json").read_text())
+    assert [figures[f"accuracy_{when}"] for when in ("of_run", "after_sft", "after_rl")] == [0.0, 0.5, 0.75]
+    assert [figures[f"accuracy_at_0.6_{when}"] for when in ("of_run", "after_sft", "after_rl")] == [0.25, 0.125, 0.25]
+    assert not any("answer_tokens" in name or "before" in name for name in figures)
+    assert run.main(command) == 0 and len(stages) == 4  # what is there is not run again
 
 
 def test_the_shop_is_started_with_whole_episodes(cold, stages, tmp_path):
@@ -183,6 +205,7 @@ def test_an_environment_without_solutions_says_so(cold, stages, tmp_path):
     "changes, message",
     [
         ({"conversations": 1}, "conversations must be at least 2, one of which is held out, got 1"),
+        ({"run": None}, "give run, the workdir of a run that has gone cold, or else first"),
         ({"rl_steps": 0}, "rl_steps must be at least 1, or None, got 0"),
     ],
 )
