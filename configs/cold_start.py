@@ -14,7 +14,7 @@ The whole loop from nothing, 25 minutes of two shared cores:
     python run.py --config=configs/cold_start.py:from_nothing --workdir=workdirs/cold_start
 
 pre-trains a model of 0.3M parameters on Python's standard library (pretrain/), and asks it the numbers game of docs/doom_loop.md,
-which it has never seen (first_rl/). Expect `absent`, and of 512 held-out problems with one solution, of which none was right, 29 %
+which it has never seen (first_rl/). Expect `absent`, and of 512 held-out problems with one solution, where none was right, 29 %
 right greedily, 46 % at temperature 0.1 and 68 % at 0.6 after fine-tuning; after RL 41, 57 and 67 % (docs/log.md, 2026-11-28).
 """
 
