@@ -5,11 +5,12 @@ On a pod slice, every host runs the same command:
     python run.py --config=configs/pretrain.py:lfm2_350m --workdir=gs://BUCKET/lfm2_350m \
         --config.data.source=gs://BUCKET/text --config.tokenizer_from=gs://BUCKET/tokenizer
 
-The larger models share parameters over all devices and compute some things again, for the sake of chips with 16 GiB. A v5p has
-room for a whole copy of all but lfm2_24b_a2b and is faster so, with as many micro-batches as it takes
-(docs/benchmarks/pod_plan.md):
+The larger models share parameters over all devices, compute some things again and, the mixtures, have their layers in a loop, for
+the sake of chips with 16 GiB. A v5p has room for a whole copy of all but lfm2_24b_a2b and is faster so, with as many micro-batches
+as it takes (docs/benchmarks/pod_plan.md):
 
-    --config.mesh.data=-1 --config.mesh.fsdp=1 --config.compute.remat=none --config.train.accumulation=4
+    --config.mesh.data=-1 --config.mesh.fsdp=1 --config.compute.remat=none --config.compute.scan_layers=False \
+        --config.train.accumulation=4
 
 The argument names the architecture; without it this is `nano`, which a laptop trains on Python's standard library in an hour:
 
@@ -34,7 +35,8 @@ _MILLION, _TRILLION = 2**20, 10**12
 
 class _Recipe(NamedTuple):
     """learning_rate: at its peak. batch: tokens of a step. tokens: of the whole run. remat: see ComputeConfig. fsdp: devices that
-    share a copy of the weights, -1 for all; 1 where a TPU v5e has room for the whole (docs/benchmarks/pod_plan.md)."""
+    share a copy of the weights, -1 for all; 1 where a TPU v5e has room for the whole (docs/benchmarks/pod_plan.md). scan_layers: see
+    ComputeConfig."""
 
     learning_rate: float
     batch: int
@@ -42,6 +44,7 @@ class _Recipe(NamedTuple):
     remat: str = "none"
     weight_decay: float = 0.1
     fsdp: int = -1
+    scan_layers: bool = False
 
 
 # 3e-3 and a million tokens: SmolLM-135M and -360M (Hugging Face, 2024). 5e-4 and two million: SmolLM2-1.7B (Ben Allal et al.
@@ -54,9 +57,9 @@ _RECIPES = {
     "lfm2_1_2b": _Recipe(8e-4, 2 * _MILLION, 10 * _TRILLION),
     "lfm3_1_7b": _Recipe(5e-4, 2 * _MILLION, 10 * _TRILLION, "dots"),
     "lfm2_2_6b": _Recipe(3e-4, 2 * _MILLION, 10 * _TRILLION, "dots"),
-    "lfm2_8b_a1b": _Recipe(4e-4, 4 * _MILLION, 12 * _TRILLION, "full"),
-    "lfm2_5_8b_a1b": _Recipe(4e-4, 4 * _MILLION, 38 * _TRILLION, "full"),
-    "lfm2_24b_a2b": _Recipe(3e-4, 4 * _MILLION, 12 * _TRILLION, "full"),
+    "lfm2_8b_a1b": _Recipe(4e-4, 4 * _MILLION, 12 * _TRILLION, "full", scan_layers=True),
+    "lfm2_5_8b_a1b": _Recipe(4e-4, 4 * _MILLION, 38 * _TRILLION, "full", scan_layers=True),
+    "lfm2_24b_a2b": _Recipe(3e-4, 4 * _MILLION, 12 * _TRILLION, "full", scan_layers=True),
 }
 
 
@@ -77,7 +80,7 @@ def _pod(name: str, recipe: _Recipe) -> dict[str, Any]:
     return {
         # The text has no default here; a tokenizer is trained on it unless tokenizer_from names one.
         "tokenizer": {"vocab_size": model.tokenizer_vocab_size or model.vocab_size, "train_bytes": 1 << 28},
-        "compute": {"dtype": "bfloat16", "remat": recipe.remat},
+        "compute": {"dtype": "bfloat16", "remat": recipe.remat, "scan_layers": recipe.scan_layers},
         "mesh": {"data": 1 if recipe.fsdp == -1 else -1, "fsdp": recipe.fsdp},
         "loader": {"seq_len": SEQ_LEN, "batch_size": recipe.batch // SEQ_LEN},
         "optimizer": {
