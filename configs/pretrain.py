@@ -5,9 +5,9 @@ On a pod slice, every host runs the same command:
     python run.py --config=configs/pretrain.py:lfm2_350m --workdir=gs://BUCKET/lfm2_350m \
         --config.data.source=gs://BUCKET/text --config.tokenizer_from=gs://BUCKET/tokenizer
 
-The larger models share parameters over all devices, compute some things again and, the mixtures, have their layers in a loop, for
-the sake of chips with 16 GiB. A v5p has room for a whole copy of all but lfm2_24b_a2b and is faster so, with as many micro-batches
-as it takes (docs/benchmarks/pod_plan.md):
+Layouts are those that fit 256 chips of v5e, with 16 GiB each: of lfm3_1_7b and lfm2_2_6b 16 devices share a copy of the weights,
+and take two micro-batches; of the mixtures all devices do, compute everything again and have the layers in a loop. A v5p has room
+for a whole copy of all but lfm2_24b_a2b and is faster so, with as many micro-batches as it takes (docs/benchmarks/pod_plan.md):
 
     --config.mesh.data=-1 --config.mesh.fsdp=1 --config.compute.remat=none --config.compute.scan_layers=False \
         --config.train.accumulation=4
@@ -34,32 +34,35 @@ _MILLION, _TRILLION = 2**20, 10**12
 
 
 class _Recipe(NamedTuple):
-    """learning_rate: at its peak. batch: tokens of a step. tokens: of the whole run. remat: see ComputeConfig. fsdp: devices that
-    share a copy of the weights, -1 for all; 1 where a TPU v5e has room for the whole (docs/benchmarks/pod_plan.md). scan_layers: see
-    ComputeConfig."""
+    """learning_rate: at its peak. batch: tokens of a step, in `accumulation` micro-batches. tokens: of the whole run.
+
+    fsdp: devices that share a copy of the weights, -1 for all; 1 where a TPU v5e has room for the whole.
+    remat, scan_layers: see ComputeConfig.
+    """
 
     learning_rate: float
     batch: int
     tokens: int
+    fsdp: int = 1
+    accumulation: int = 1
     remat: str = "none"
-    weight_decay: float = 0.1
-    fsdp: int = -1
     scan_layers: bool = False
 
 
 # 3e-3 and a million tokens: SmolLM-135M and -360M (Hugging Face, 2024). 5e-4 and two million: SmolLM2-1.7B (Ben Allal et al.
 # 2025); 2e-4: SmolLM3-3B (2025). Between these sizes by a straight line in the logarithms. 4e-4, four million tokens and weight
 # decay 0.1: OLMoE-1B-7B (Muennighoff et al. 2024), whose 1.3B active parameters are closest to the mixtures here.
+_ON_ALL = {"fsdp": -1, "remat": "full", "scan_layers": True}
 _RECIPES = {
-    "lfm2_5_230m": _Recipe(3e-3, _MILLION, 19 * _TRILLION, fsdp=1),
-    "lfm2_350m": _Recipe(3e-3, _MILLION, 10 * _TRILLION, fsdp=1),
-    "lfm2_700m": _Recipe(1.3e-3, _MILLION, 10 * _TRILLION, fsdp=1),
+    "lfm2_5_230m": _Recipe(3e-3, _MILLION, 19 * _TRILLION),
+    "lfm2_350m": _Recipe(3e-3, _MILLION, 10 * _TRILLION),
+    "lfm2_700m": _Recipe(1.3e-3, _MILLION, 10 * _TRILLION),
     "lfm2_1_2b": _Recipe(8e-4, 2 * _MILLION, 10 * _TRILLION),
-    "lfm3_1_7b": _Recipe(5e-4, 2 * _MILLION, 10 * _TRILLION, "dots"),
-    "lfm2_2_6b": _Recipe(3e-4, 2 * _MILLION, 10 * _TRILLION, "dots"),
-    "lfm2_8b_a1b": _Recipe(4e-4, 4 * _MILLION, 12 * _TRILLION, "full", scan_layers=True),
-    "lfm2_5_8b_a1b": _Recipe(4e-4, 4 * _MILLION, 38 * _TRILLION, "full", scan_layers=True),
-    "lfm2_24b_a2b": _Recipe(3e-4, 4 * _MILLION, 12 * _TRILLION, "full", scan_layers=True),
+    "lfm3_1_7b": _Recipe(5e-4, 2 * _MILLION, 10 * _TRILLION, fsdp=16, accumulation=2),
+    "lfm2_2_6b": _Recipe(3e-4, 2 * _MILLION, 10 * _TRILLION, fsdp=16, accumulation=2),
+    "lfm2_8b_a1b": _Recipe(4e-4, 4 * _MILLION, 12 * _TRILLION, **_ON_ALL),
+    "lfm2_5_8b_a1b": _Recipe(4e-4, 4 * _MILLION, 38 * _TRILLION, **_ON_ALL),
+    "lfm2_24b_a2b": _Recipe(3e-4, 4 * _MILLION, 12 * _TRILLION, **_ON_ALL),
 }
 
 
@@ -85,11 +88,14 @@ def _pod(name: str, recipe: _Recipe) -> dict[str, Any]:
         "loader": {"seq_len": SEQ_LEN, "batch_size": recipe.batch // SEQ_LEN},
         "optimizer": {
             "learning_rate": recipe.learning_rate,
-            "weight_decay": recipe.weight_decay,
+            "weight_decay": 0.1,
             "schedule": {"kind": "wsd", "warmup_steps": 2000, "decay_share": 0.1},
         },
         "loss": {"z_loss": 1e-4},
-        "train": {"steps": steps, "log_every": 10, "evaluate_every": 5000, "checkpoint_every": 1000, "keep_every": 100_000},
+        "train": {
+            "steps": steps, "accumulation": recipe.accumulation, "log_every": 10, "evaluate_every": 5000,
+            "checkpoint_every": 1000, "keep_every": 100_000,
+        },
         "evaluation_batches": 16,
     }
 
