@@ -194,9 +194,10 @@ def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
     """Raises ValueError if a batch of so many rows, over all hosts, does not divide over micro-batches and devices."""
     devices = shard_count("batch", mesh)
     if rows % (accumulation * devices):
+        fewer = max((some for some in range(1, accumulation) if rows % (some * devices) == 0), default=None)
         raise ValueError(
             f"a batch of {rows} rows does not divide into {accumulation} micro-batches over {devices} devices (data x fsdp x "
-            f"expert); make it a multiple of {accumulation * devices}"
+            f"expert); make it a multiple of {accumulation * devices}" + (f", or take accumulation={fewer}" if fewer else "")
         )
 
 

@@ -280,8 +280,9 @@ def test_hosts_that_share_a_part_of_their_rows_are_refused():
 @pytest.mark.parametrize(
     "devices, accumulation, message",
     [
-        (1, 3, "a batch of 8 rows does not divide into 3 micro-batches over 1 devices .*; make it a multiple of 3"),
-        (8, 2, "a batch of 8 rows does not divide into 2 micro-batches over 8 devices .*; make it a multiple of 16"),
+        (1, 3, "a batch of 8 rows does not divide into 3 micro-batches over 1 devices .*; make it a multiple of 3, or take "),
+        (1, 9, "make it a multiple of 9, or take accumulation=8"),
+        (8, 2, "8 rows does not divide into 2 micro-batches over 8 devices .*; make it a multiple of 16, or take accumulation=1"),
     ],
 )
 def test_rows_that_do_not_divide_are_refused(devices, accumulation, message):
