@@ -107,8 +107,9 @@ def final_token_objective(config: FinalTokenConfig) -> Objective:
         whole = lambda name: in_sequence(constrain(batch[name], ("batch", None)))
         chosen = whole("chosen")
         rejected = jnp.sum(jnp.where(batch["loss_mask"] > 0, batch["targets"], 0), axis=1)
-        reference = constrain(whole("reference_logits"), ("batch", "vocab"))
-        found = final_token_losses(config, logits, reference, jnp.maximum(chosen, 0), chosen >= 0, rejected)
+        # Tokens are picked out of a whole vocabulary: out of one that is split XLA's partitioner for TPUs aborts (docs/log.md).
+        logits = constrain(logits, ("batch", None))
+        found = final_token_losses(config, logits, whole("reference_logits"), jnp.maximum(chosen, 0), chosen >= 0, rejected)
         sums = found.sums(router_counts)
         return sums._replace(counts={"pairs": sums.weight, "tokens": jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)})
 

@@ -10,7 +10,20 @@ import pytest
 
 from lfm_jax.models import ComputeConfig, Decoder, functional, preset
 from lfm_jax.sharding import MeshConfig, activation_sharding, aot, make_mesh
-from lfm_jax.training import LossConfig, OptimizerConfig, abstract_state, make_optimizer, make_train_step, next_token_objective
+from lfm_jax.training import (
+    FinalTokenConfig,
+    LossConfig,
+    OptimizerConfig,
+    abstract_state,
+    final_token_objective,
+    make_optimizer,
+    make_train_step,
+    next_token_objective,
+    policy_gradient_member,
+    policy_objective,
+    preference_member,
+    preference_objective,
+)
 
 pytest.importorskip("libtpu")
 
@@ -22,21 +35,59 @@ MODEL = dataclasses.replace(
 ROWS_PER_CHIP, SEQ = 2, 512
 
 
-def _compiled(topology, chips, mesh_config, accumulation, slices=1):
-    """Forward, backward, clipping and AdamW, from shapes with shardings alone."""
+def _compiled(topology, chips, mesh_config, accumulation, slices=1, objective=None, more=()):
+    """Forward, backward, clipping and AdamW, from shapes with shardings alone.
+
+    objective: None is that of pre-training. more: arrays of the batch beside the usual ones, (name, dtype, shape of a row).
+    """
     mesh = make_mesh(mesh_config, aot.tpu_devices(topology, slices)[:chips])
     # "auto" would be float32 here: what is traced on a CPU does not know yet what it is compiled for.
     compute = ComputeConfig(dtype="bfloat16", short_conv="pallas", remat="dots")
     functions = functional(lambda rngs: Decoder(MODEL, compute, rngs=rngs))
     optimizer = make_optimizer(OptimizerConfig(), 100)
-    objective = next_token_objective(LossConfig(z_loss=1e-4, block=256))
+    objective = objective or next_token_objective(LossConfig(z_loss=1e-4, block=256))
     step = make_train_step(functions, optimizer, objective, mesh, seed=0, accumulation=accumulation)
-    rows = activation_sharding(mesh, ("batch", "seq"))
-    array = lambda dtype: jax.ShapeDtypeStruct((accumulation * ROWS_PER_CHIP * chips, SEQ), dtype, sharding=rows)
-    batch = {name: array(jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
-    batch["loss_mask"] = array(jnp.float32)
+    rows = accumulation * ROWS_PER_CHIP * chips
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=activation_sharding(mesh, ("batch", "seq")[: 1 + len(shape)]))
+        for name, dtype, shape in (*_arrays(""), *more)
+    }
     state = abstract_state(functions, optimizer, mesh)
     return state, step.trace(state, batch).lower(lowering_platforms=("tpu",)).compile()
+
+
+def _arrays(prefix):
+    ids = [(f"{prefix}{name}", jnp.int32, (SEQ,)) for name in ("tokens", "targets", "segment_ids", "positions")]
+    return [*ids, (f"{prefix}loss_mask", jnp.float32, (SEQ,))]
+
+
+def _of_tokens(*names):
+    return [(name, jnp.float32, (SEQ,)) for name in names]
+
+
+POST_TRAINING = {
+    "pairs": (
+        preference_objective(preference_member("dpo_norm"), block=256),
+        [*_arrays("rejected_"), *_of_tokens("reference_log_probs", "rejected_reference_log_probs")],
+    ),
+    "final tokens": (
+        final_token_objective(FinalTokenConfig()), [("reference_logits", jnp.float32, (512,)), ("chosen", jnp.int32, (16,))],
+    ),
+    "policy gradients": (
+        policy_objective(policy_gradient_member("dapo"), block=256, known=None),
+        [*_of_tokens("advantages", "sampler_log_probs", "old_log_probs"), ("temperature", jnp.float32, ())],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POST_TRAINING)
+def test_steps_of_post_training_compile_on_16_chips(name):
+    """On a mesh of replicas that share parameters and split matrices, in two micro-batches, as on a pod."""
+    objective, more = POST_TRAINING[name]
+    _, compiled = _compiled("v5e:4x4", 16, MeshConfig(data=2, fsdp=4, tensor=2), 2, objective=objective, more=more)
+    text = compiled.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') >= 2 * 3 + 2
+    assert "all-reduce" in text or "reduce-scatter" in text
 
 
 @pytest.mark.parametrize(
