@@ -49,10 +49,10 @@ class _Recipe(NamedTuple):
     scan_layers: bool = False
 
 
+_ON_ALL = {"fsdp": -1, "remat": "full", "scan_layers": True}
 # 3e-3 and a million tokens: SmolLM-135M and -360M (Hugging Face, 2024). 5e-4 and two million: SmolLM2-1.7B (Ben Allal et al.
 # 2025); 2e-4: SmolLM3-3B (2025). Between these sizes by a straight line in the logarithms. 4e-4, four million tokens and weight
 # decay 0.1: OLMoE-1B-7B (Muennighoff et al. 2024), whose 1.3B active parameters are closest to the mixtures here.
-_ON_ALL = {"fsdp": -1, "remat": "full", "scan_layers": True}
 _RECIPES = {
     "lfm2_5_230m": _Recipe(3e-3, _MILLION, 19 * _TRILLION),
     "lfm2_350m": _Recipe(3e-3, _MILLION, 10 * _TRILLION),

@@ -15,6 +15,7 @@ from lfm_jax.sharding.chips import CHIPS
 
 IN_LOOPS = " in loops"  # behind a layout whose layers are passes of a loop
 
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """mesh: devices along each axis; accumulation: micro-batches of a step; remat: what the backward pass computes again.
