@@ -1,10 +1,12 @@
 """The planner's search and tables by hand, and one small run of it."""
 
+import itertools
 import json
 
 import pytest
 from etils import epath
 from matplotlib.image import imread
+from rich.console import Console
 
 from configs.pod_plan import get_config
 from experiments import pod_plan
@@ -253,6 +255,23 @@ def test_the_tables_tell_flops_and_bytes_by_kind():
     assert f"{about} | data=all; 1 x none in loops | 2.50 | 2.25 | 0.500 | 3.000 | 0.000 | 0.000 | 0.000 | 0.000 |" in lines
     assert f"{about} | none; 1 x none {'|  ' * 8}|" in lines
     assert ("sent by all-reduce", "3.0 GB") in list(tables.plan_lines(row))
+
+
+def test_what_is_compiled_is_the_layout_that_is_tried(tmp_path, monkeypatch):
+    jobs = []
+
+    def refuse(job, *_):
+        jobs.append(job)
+        return {"fits": False, "problem": "refused", "peak_bytes": None, "seconds_per_step": None}
+
+    monkeypatch.setattr(planner, "preset", lambda name: TINY)
+    monkeypatch.setattr(planner, "measure", refuse)
+    monkeypatch.setattr(planner, "_print_plan", lambda *_: None)
+    settings = config(search="full", accumulations=(2,), remats=("full",), scan_layers=(True,))
+    planner._plan(settings, epath.Path(tmp_path), Console(quiet=True), "nano", "v5e:2x2", 256)
+    found = [(job.accumulation, job.compute.remat, job.compute.scan_layers) for job in jobs]
+    assert found == list(itertools.product((1, 2), ("none", "full"), (False, True)))
+    assert {(job.topology, job.rows, job.seq_len, job.compute.dtype) for job in jobs} == {("v5e:2x2", 16, 256, "bfloat16")}
 
 
 def test_a_small_plan_splits_sequences_where_rows_are_few(tmp_path, monkeypatch):
