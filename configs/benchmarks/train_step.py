@@ -5,7 +5,7 @@
 
 Forward, backward, clipping and AdamW: ours, transformers' Lfm2ForCausalLM as it is, and the same through torch.compile. In
 float32 on a CPU it takes a minute on two cores, which must be idle; the argument names the preset, nano if there is none.
-Recorded: ours at 0.83 of transformers' rate, and at 0.99 with `--config.accumulation=4` (docs/benchmarks/train_step.md).
+Recorded: ours at 1.09 of transformers' rate, and at 1.08 with `--config.accumulation=4` (docs/benchmarks/train_step.md).
 With `:gpu`, for one NVIDIA GPU of 80 GB, lfm2_350m and lfm2_1_2b in bfloat16 with float32 parameters, against the GPU's own
 product of matrices; it starts nothing after eight minutes. On an H200 lfm2_1_2b has 1.43 of transformers' rate and 62 % of that
 product's. Needs the extras `export` and `gpu`.

@@ -7,7 +7,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -118,33 +117,10 @@ def _running(config: Config, models: dict[str, epath.Path]) -> Iterator[dict[str
         yield running
 
 
-def _bandwidth(size: int) -> float:
-    """Bytes a second at which all cores read a matrix of so many bytes, again and again: a product with a vector."""
-    matrix = np.ones((max(1, size // 4 // 4096), 4096), np.float32)
-    vector = np.ones(4096, np.float32)
-    times = []
-    for _ in range(30):
-        start = time.perf_counter()
-        matrix @ vector
-        times.append(time.perf_counter() - start)
-    return matrix.nbytes / statistics.median(times)
-
-
-def _matmul_rate() -> float:
-    """FLOPs a second of a large float32 product, on all cores."""
-    left, times = np.ones((2048, 2048), np.float32), []
-    for _ in range(5):
-        start = time.perf_counter()
-        left @ left
-        times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / statistics.median(times)
-
-
 def _rates(config: Config, size: int) -> tuple[float, float]:
     """Bytes a second at which so many bytes of weights are read again and again, and FLOPs a second of a large product."""
-    if config.platform == "cpu":
-        return _bandwidth(size), _matmul_rate()
-    return read_bytes_per_second(size, config.dtype), matmul_flops_per_second(8192, config.dtype)
+    rows = 2048 if config.platform == "cpu" else 8192
+    return read_bytes_per_second(size, config.dtype), matmul_flops_per_second(rows, config.dtype)
 
 
 def _rows(config: Config, name: str, model: ModelConfig, running: dict[str, _Engine]) -> list[dict[str, Any]]:

@@ -33,6 +33,8 @@ class Config:
     compute: how ours computes, and with `dtype` how theirs does; parameters and optimizer are float32 on either side.
     loss_block: tokens whose logits ours has at one time; transformers has those of a whole micro-batch.
     engines: of `ENGINES`, "ours" first, since it writes the weights; see `train_step_engines`.
+    kept_memory: on a CPU, whose freed memory stays with the process (`lfm_jax.host_memory`): "ours", as each side's users have
+      it, since `run.py` sees to it; "all", or "none".
     steps: of one turn; rounds: turns, of which the first compiles and is not timed.
     matmul: rows and columns of the matrices whose product says what the device can do at best.
     limit_seconds: an engine that could only be started later is left out, and named; None: none is.
@@ -46,6 +48,7 @@ class Config:
     compute: ComputeConfig = ComputeConfig(dtype="float32")
     loss_block: int = 2048
     engines: tuple[str, ...] = ("ours", "transformers", "transformers_compiled")
+    kept_memory: Literal["none", "ours", "all"] = "ours"
     steps: int
     rounds: int
     matmul: int = 2048

@@ -35,6 +35,7 @@ from etils import epath
 from experiments.benchmarks.device_rates import matmul_flops_per_second
 from experiments.benchmarks.train_step import Config
 from lfm_jax.configuration import from_mapping
+from lfm_jax.host_memory import keep_freed_memory
 from lfm_jax.models import preset
 
 if TYPE_CHECKING:
@@ -210,14 +211,12 @@ def _no_device(platform: str) -> str | None:
     return None
 
 
-def main() -> None:
-    """Answers until its input ends, or a job fails."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is not an answer
-    answer = lambda content: print(json.dumps(content), file=out, flush=True)
+def _answer_lines(answer: Callable[[Any], None]) -> None:
     try:
         job = json.loads(sys.stdin.readline())
         config = from_mapping(Config, job["config"])
+        if config.kept_memory == "all" or (config.kept_memory == "ours" and job["engine"].startswith("ours")):
+            keep_freed_memory()
         if job["engine"] == "matmul":
             missing = _no_device(config.platform)
             if missing:
@@ -234,6 +233,13 @@ def main() -> None:
         traceback.print_exc()
         with contextlib.suppress(BrokenPipeError):
             answer({"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"})
+
+
+def main() -> None:
+    """Answers until its input ends, or a job fails."""
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)  # what libraries print is not an answer
+        _answer_lines(lambda content: print(json.dumps(content), file=out, flush=True))
 
 
 if __name__ == "__main__":

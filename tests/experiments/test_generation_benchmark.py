@@ -57,8 +57,9 @@ def test_ratios_and_the_floor_are_those_of_the_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "_Engine", FakeEngine)
     monkeypatch.setattr(generation, "_models", lambda *_: {name: f"{name} of nano" for name in engines})
     monkeypatch.setattr(generation, "preset", lambda name: MODEL)
-    monkeypatch.setattr(generation, "_bandwidth", lambda size: {4 * PARAMETERS: 10 * (4 * PARAMETERS + CACHE)}[size])
-    monkeypatch.setattr(generation, "_matmul_rate", lambda: 20 * FLOPS)
+    read = {(4 * PARAMETERS, "float32"): 10 * (4 * PARAMETERS + CACHE)}
+    monkeypatch.setattr(generation, "read_bytes_per_second", lambda size, dtype: read[size, dtype])
+    monkeypatch.setattr(generation, "matmul_flops_per_second", lambda size, dtype: {"float32": 20 * FLOPS}[dtype])
     config = generation.Config(presets=("nano",), engines=engines, batches=(1, 8), prompt=6, new_tokens=6, rounds=4)
     generation.main(config, epath.Path(tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())

@@ -5,6 +5,7 @@ import copy
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -427,3 +428,39 @@ def test_the_page_names_only_what_there_is():
     assert len(commands) >= 3
     for command in commands:
         assert run.main([*command, "--dry_run"]) == 0
+
+
+# Which files of the project a command has opened as modules, by their first folder.
+_WHERE_MODULES_LIE = """
+import runpy, sys
+sys.argv, sys.path[0] = sys.argv[1:], ""
+try:
+    runpy.run_path("run.py", run_name="__main__")
+finally:
+    ours = ("lfm_jax", "experiments", "configs", "data_pipelines")
+    files = [each.__file__ for name, each in sys.modules.items() if name.split(".")[0] in ours and hasattr(each, "__file__")]
+    print(*files, sep="\\n")
+"""
+
+
+def test_what_the_image_holds_is_enough_for_a_job(tmp_path):
+    """Of the tree only what the Dockerfile copies, and the builder is sent; before a package is there, its metadata is read."""
+    sent = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    steps = [line.split() for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith(("COPY", "RUN"))]
+    copied = [name for step in steps if step[0] == "COPY" for name in step[1:-1]]
+    assert sent == set(copied)
+    for _, *names, target in [step for step in steps if step[0] == "COPY"]:
+        for name in names:
+            place = tmp_path / target / name if target.endswith("/") else tmp_path / target
+            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, place)
+    listed = subprocess.run(
+        [sys.executable, "-c", _WHERE_MODULES_LIE, "run.py", "--list"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "configs/pretrain.py" in listed.stdout
+    launched = subprocess.run(
+        [sys.executable, "-c", _WHERE_MODULES_LIE, "run.py", *ARGUMENTS, "--launch=gke", "--dry_run",
+         "--launch.topology=v5e:4x4", f"--launch.image={IMAGE}"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    modules = [line for line in launched.stdout.splitlines() if line.endswith("__init__.py")]
+    assert modules and all(line.startswith(str(tmp_path)) for line in modules)

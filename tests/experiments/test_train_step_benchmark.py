@@ -1,6 +1,8 @@
 """All sides of the benchmark train the same model on the same batch, one process each, and it says what it found."""
 
+import io
 import json
+import sys
 from importlib.util import find_spec
 
 import jax
@@ -10,7 +12,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 import run
 from experiments.benchmarks import train_step, train_step_engines
-from lfm_jax.configuration import from_mapping
+from lfm_jax.configuration import from_mapping, to_mapping
 from lfm_jax.models import ComputeConfig, preset
 from lfm_jax.models.accounting import training_flops_per_token
 from lfm_jax.sharding import MeshConfig, make_mesh
@@ -69,6 +71,28 @@ def test_processes_take_turns_and_leave_their_figures(tmp_path):
     assert min(ours["peak_bytes"], theirs["peak_bytes"]) > 50e6  # two Pythons, each with its libraries
     assert figures["nano_ours_over_transformers"] > 0
     assert figures["causal_conv1d"] == (find_spec("causal_conv1d") is not None)
+
+
+@pytest.mark.parametrize(
+    ("kept", "keeping"),
+    [
+        ("none", []),
+        ("ours", ["ours", "ours_whole_rows"]),
+        ("all", ["ours", "ours_whole_rows", "transformers", "transformers_compiled"]),
+    ],
+)
+def test_freed_memory_is_kept_where_it_is_asked_for(kept, keeping, monkeypatch):
+    """Before anything of an engine is made."""
+    order = []
+    made = lambda name: lambda *arguments, **settings: order.append(name)
+    monkeypatch.setattr(train_step_engines, "keep_freed_memory", lambda: order.append("kept"))
+    for name in ("ours", "ours_whole_rows", "transformers", "transformers_compiled"):
+        monkeypatch.setitem(train_step_engines._SIDES, name, (made(name), {}))
+        job = {"engine": name, "config": to_mapping(config_of(kept_memory=kept)), "preset": "nano", "folder": "nowhere"}
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(job) + "\n"))
+        train_step_engines._answer_lines(lambda _: None)
+    expected = [part for name in order if name != "kept" for part in (["kept"] if name in keeping else []) + [name]]
+    assert order == expected and order.count("kept") == len(keeping)
 
 
 def answers_of(seconds, loss):
