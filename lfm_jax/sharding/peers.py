@@ -106,6 +106,7 @@ class Watch:
         self._verdict: dict[str, Any] | None = None
         self._known, self._ended, self._hurry = threading.Event(), threading.Event(), threading.Event()
         self._hurry.set()  # the first beat comes at once
+        self._threads: list[threading.Thread] = []
 
     @property
     def _pause(self) -> float:
@@ -113,8 +114,10 @@ class Watch:
 
     def start(self) -> None:
         """Begins to beat and to guard."""
-        for duty in [self._guard] if self._client is None else [self._beat, self._guard]:
-            threading.Thread(target=duty, name=duty.__name__, daemon=True).start()
+        duties = [self._guard] if self._client is None else [self._beat, self._guard]
+        self._threads = [threading.Thread(target=duty, name=duty.__name__, daemon=True) for duty in duties]
+        for thread in self._threads:
+            thread.start()
 
     @contextlib.contextmanager
     def at(self, phase: str, step: int | None = None) -> Iterator[None]:
@@ -147,16 +150,18 @@ class Watch:
     def leave(self, code: int) -> None:
         """Says that this process ends by itself, with `code`; process 0, which the others need for it, waits for them a while."""
         self._code, self._state = code, _LEFT
-        if self._client is None or self._known.is_set():
-            self._ended.set()
-            return
-        self._hurry.set()
-        deadline = time.monotonic() + 4 * self._pause + 2
-        everyone = lambda: sum(heard.beat["state"] == _LEFT for heard in self._heard.values()) >= self.count
-        needed = self.process == 0 and code  # jax waits at the end of a run that went well
-        while time.monotonic() < deadline and not (everyone() if needed else not self._hurry.is_set()):
-            time.sleep(0.02)
+        if self._client is not None and not self._known.is_set():
+            self._hurry.set()
+            deadline = time.monotonic() + 4 * self._pause + 2
+            everyone = lambda: sum(heard.beat["state"] == _LEFT for heard in self._heard.values()) >= self.count
+            needed = self.process == 0 and code  # jax waits at the end of a run that went well
+            while time.monotonic() < deadline and not (everyone() if needed else not self._hurry.is_set()):
+                time.sleep(0.02)
         self._ended.set()
+        self._hurry.set()
+        if not code:  # Python's own end crashes where a thread is in jax's client
+            for thread in self._threads:
+                thread.join(self._pause)
 
     def data_seconds(self) -> dict[str, float]:
         """In process 0: what the processes spent on data since this was last asked for: the most, whose it is, and the median."""
@@ -172,8 +177,10 @@ class Watch:
         }  # fmt: skip
 
     def _beat(self) -> None:
-        while not self._ended.is_set():
+        while True:
             self._hurry.wait(self._pause)
+            if self._ended.is_set():
+                return
             hurried = self._hurry.is_set()
             try:
                 self._client.key_value_set(f"{_BEATS}{self.process}", json.dumps(self._said()), allow_overwrite=True)
@@ -181,7 +188,7 @@ class Watch:
                     self._hurry.clear()
                 verdict = self._judged() if self.process == 0 else self._told()
             except jax.errors.JaxRuntimeError:
-                time.sleep(self._pause)
+                self._ended.wait(self._pause)
                 continue  # the guard counts how long
             self._answered = time.monotonic()
             if verdict is not None and self._state != _LEFT:

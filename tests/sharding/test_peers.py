@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -249,3 +250,33 @@ def test_what_an_error_ended_is_not_held_against_what_comes_later(monkeypatch):
         with peers.at("step", 3):
             time.sleep(1.5)
     assert ended == [EXIT_PEER]
+
+
+# The last thing that the beat does takes two seconds in jax's client, call after call, whether they are answered or not.
+_LEAVES_WHILE_THE_BEAT_IS_UNDER_WAY = """
+import contextlib, sys, time
+import jax
+from lfm_jax.sharding import distributed, peers
+
+def judged(watch):
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            watch._client.key_value_set("some", "thing", allow_overwrite=True)
+
+jax.config.update("jax_platforms", "cpu")
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 1, 0)
+peers.Watch._judged = judged
+with peers.watch():
+    pass
+distributed.leave(0)
+"""
+
+
+def test_no_thread_is_in_jaxs_client_when_a_run_that_went_well_ends():
+    """C++ there ends a process whose Python ends meanwhile, by SIGSEGV: a run that had done all would be begun again."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", _LEAVES_WHILE_THE_BEAT_IS_UNDER_WAY, str(port)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr[-1000:]

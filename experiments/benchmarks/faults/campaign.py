@@ -91,7 +91,8 @@ def main(config: Config, workdir: epath.Path) -> None:
     _write_text(folder / "text", config.seed)
     calm = _run(config, folder, "calm", _fault("none", 0, -1, 0, config))
     if any(calm.codes):
-        raise RuntimeError(f"the run without a fault ended with {calm.codes}: {calm.logs[0][-3000:]}")
+        log = next(log for code, log in zip(calm.codes, calm.logs, strict=True) if code)
+        raise RuntimeError(f"the run without a fault ended with {calm.codes}: {log[-3000:]}")
     rows = _strike(config, folder)
     last = _run(config, folder, "hurt", _fault("none", 0, -1, 0, config))
     _look_back(rows, last)
