@@ -68,7 +68,7 @@ def _one(name: str) -> dict[str, Any]:
     tokens = recipe.loader.batch_size * recipe.loader.seq_len
     meshes = [{}, {"data": 2 if name in SMALL else 16}, {"data": -1, "fsdp": 1, "tensor": 2}]
     if preset(name).moe is not None:
-        meshes.append({"expert": 8})
+        meshes += [{"expert": 8}, {"data": -1, "fsdp": 64}]
     return {
         "presets": (name,),
         "topologies": ("v5e:2x2" if name in SMALL else "v5e:16x16",),
