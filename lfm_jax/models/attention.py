@@ -12,11 +12,15 @@ from lfm_jax.models.cache import AttentionState, CacheBytes
 from lfm_jax.models.config import ComputeConfig, ModelConfig
 from lfm_jax.models.context import Context
 from lfm_jax.models.layers import RMSNorm, apply_rope, compute_dtype, parameter, project
-from lfm_jax.sharding import constrain
+from lfm_jax.sharding import constrain, target_platform
 
 
 def _stored(state: AttentionState, key: jax.Array, value: jax.Array, slots: jax.Array) -> AttentionState:
     """With the keys and values of new tokens, [batch, seq, kv_heads, head_dim], in their slots."""
+    if slots.size == 1 and target_platform() == "cpu":
+        # XLA makes a slice of the only place, which it then writes into two copies of the cache: one to keep, one to read.
+        twice = lambda array, rest: jnp.concatenate([array, jnp.full_like(array, rest)], axis=1)
+        key, value, slots = twice(key, 0), twice(value, 0), twice(slots, state.values.shape[2])
     rows = jnp.arange(key.shape[0])[:, None]
     # Padding has a slot past the end, and "drop" leaves the cache as it was there.
     keys = state.keys.at[rows, :, :, slots].set(key.astype(state.keys.dtype), mode="drop")

@@ -11,7 +11,7 @@ from lfm_jax.kernels import ATTENDED
 from lfm_jax.models.cache import DecoderCache
 from lfm_jax.models.config import ComputeConfig, ModelConfig
 from lfm_jax.models.context import Context, cached_context, training_context
-from lfm_jax.models.layers import MLP, PROJECTED, Embedding, RMSNorm, compute_dtype, parameter, project
+from lfm_jax.models.layers import MLP, PROJECTED, Embedding, RMSNorm, compute_dtype, parameter
 from lfm_jax.models.moe import MoE, Routed
 from lfm_jax.models.operators import OPERATORS
 from lfm_jax.models.repeats import in_loops, in_turn
@@ -142,7 +142,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Hidden) -> Logits:
         """Scores of the next token over all rows of the vocabulary, [..., vocab] float32; padded rows included."""
-        return project(hidden, self.head.T, dtype=jnp.float32)
+        return jnp.tensordot(hidden, self.head, (-1, -1), preferred_element_type=jnp.float32)
 
     def _blocks(self, tokens: Tokens, context: Context, cache: DecoderCache | None, routing: jax.Array | None = None):
         """Returns (hidden, states, router counts, routing), see `DecoderOutput`."""

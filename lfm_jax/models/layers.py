@@ -1,6 +1,7 @@
 """Norm, embedding, rotary phases and the dense feed-forward."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lfm_jax.arrays import Hidden, Positions, Tokens
 from lfm_jax.models.config import ComputeConfig, RopeConfig
 from lfm_jax.models.quantization import Matmul, QuantizedWeight, quantized_tensordot
-from lfm_jax.sharding import constrain, map_shards, shard_count, shard_index, sum_shards, target_platform
+from lfm_jax.sharding import constrain, map_shards, on_one_device, shard_count, shard_index, sum_shards, target_platform
 
 
 def compute_dtype(compute: ComputeConfig) -> jnp.dtype:
@@ -39,44 +40,59 @@ def project(
     x: jax.Array,
     weight: jax.Array,
     contracted: int = 1,
-    dtype: jnp.dtype | None = None,
     matmul: Matmul = "plain",
     precision: str | None = None,
 ) -> jax.Array:
-    """x times weight: `jnp.tensordot(x, weight, contracted)`, its gradients as matmuls that no layout makes slow.
+    """x times weight: `jnp.tensordot(x, weight, contracted)`, it and its gradients as matmuls that no layout makes slow.
 
     What autodiff derives for the weight is the transpose of the product below; XLA on CPUs copies an operand to undo that, and
     then takes a slower matmul: a feed-forward layer took 2.5 times as long (docs/log.md, 2026-11-25). Over two axes of rows it
     copies as well, and computes what the operand is made of in that copy, a value at a time; over one it does not.
 
     Args:
-      x: [batch, seq, *inner]; weight: [*inner, *outer]; contracted: the number of inner axes; dtype: of the result, that of x
-        if None; matmul: in which numbers (see `ComputeConfig`); precision: of the product and its gradients, "highest" where
-        TPUs are not to round float32 to bfloat16. dtype and precision are for "plain" alone.
+      x: [batch, seq, *inner]; weight: [*inner, *outer]; contracted: the number of inner axes; matmul: in which numbers (see
+        `ComputeConfig`); precision: of the product and its gradients, "highest" where TPUs are not to round float32 to bfloat16,
+        for "plain" alone.
     Returns:
-      [batch, seq, *outer].
+      [batch, seq, *outer], of x's type.
     """
     if matmul != "plain":
         return checkpoint_name(quantized_tensordot(x, weight, contracted, matmul), PROJECTED)
-    return checkpoint_name(_tensordot(x, weight, contracted, dtype, precision), PROJECTED)
+    return checkpoint_name(_tensordot(x, weight, contracted, precision), PROJECTED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _tensordot(x: jax.Array, weight: jax.Array, contracted: int, dtype: jnp.dtype | None, precision: str | None) -> jax.Array:
-    return jnp.tensordot(x, weight, contracted, precision=precision, preferred_element_type=dtype)
+_LEAST_PART = 2**17  # bytes; by what a step of decoding takes on two cores (docs/benchmarks/generation.md)
 
 
-def _tensordot_forward(x: jax.Array, weight: jax.Array, contracted: int, dtype: jnp.dtype | None, precision: str | None):
-    return _tensordot(x, weight, contracted, dtype, precision), (x, weight)
+def _parts(x: jax.Array, weight: jax.Array, contracted: int) -> int:
+    """In how many parts the sum over the inner axes is taken.
+
+    XLA on CPUs multiplies one row with a matrix of less than 3 MB on one core, but the products of a batch side by side on all.
+    """
+    one_row = all(size == 1 for size in x.shape[: x.ndim - contracted])
+    if not one_row or target_platform() != "cpu" or not on_one_device():
+        return 1
+    inner, size = math.prod(weight.shape[:contracted]), weight.size * weight.dtype.itemsize
+    fit = lambda parts: inner % parts == 0 and size >= parts * _LEAST_PART
+    return next(filter(fit, (4, 2)), 1)
 
 
-def _tensordot_backward(
-    contracted: int,
-    dtype: jnp.dtype | None,
-    precision: str | None,
-    saved: tuple[jax.Array, jax.Array],
-    gradient: jax.Array,
-):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _tensordot(x: jax.Array, weight: jax.Array, contracted: int, precision: str | None) -> jax.Array:
+    parts = _parts(x, weight, contracted)
+    if parts == 1:
+        return jnp.tensordot(x, weight, contracted, precision=precision)
+    outer = weight.shape[contracted:]
+    x_parts, weight_parts = x.reshape(parts, -1), weight.reshape(parts, -1, math.prod(outer))
+    sums = jnp.einsum("pi,pio->po", x_parts, weight_parts, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.sum(sums, axis=0).reshape(*x.shape[: x.ndim - contracted], *outer).astype(x.dtype)
+
+
+def _tensordot_forward(x: jax.Array, weight: jax.Array, contracted: int, precision: str | None):
+    return _tensordot(x, weight, contracted, precision), (x, weight)
+
+
+def _tensordot_backward(contracted: int, precision: str | None, saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
     x, weight = saved
     product = functools.partial(jnp.tensordot, precision=precision)
     rows = tuple(range(x.ndim - contracted))

@@ -12,6 +12,7 @@ from lfm_jax.sharding.logical import (
     gather_shards,
     map_shards,
     max_shards,
+    on_one_device,
     parameter_sharding,
     shard_count,
     shard_index,
@@ -23,8 +24,8 @@ from lfm_jax.sharding.logical import (
 from lfm_jax.sharding.mesh import AXES, MeshConfig, make_mesh, mesh_sizes
 
 __all__ = [
-    "AXES", "CHUNKS", "LogicalAxes", "MeshConfig", "Pieces", "activation_sharding", "check_split", "constrain",
-    "dealt_order", "ends_before", "exchange_rows", "gather_shards", "in_sequence", "make_mesh", "map_dealt",
-    "map_shards", "max_shards", "mesh_sizes", "parameter_sharding", "shard_count", "shard_index", "state_sharding",
-    "sum_and_scatter_shards", "sum_shards", "target_platform",
+    "AXES", "CHUNKS", "LogicalAxes", "MeshConfig", "Pieces", "activation_sharding", "check_split",
+    "constrain", "dealt_order", "ends_before", "exchange_rows", "gather_shards", "in_sequence", "make_mesh",
+    "map_dealt", "map_shards", "max_shards", "mesh_sizes", "on_one_device", "parameter_sharding",
+    "shard_count", "shard_index", "state_sharding", "sum_and_scatter_shards", "sum_shards", "target_platform",
 ]

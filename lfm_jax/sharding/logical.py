@@ -118,6 +118,12 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def on_one_device() -> bool:
+    """Whether the program being traced is for one device: the enclosing mesh has no more, or there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def shard_count(name: str, mesh: Mesh | None = None) -> int:
     """Over how many devices a mesh splits the logical axis `name` of activations.
 

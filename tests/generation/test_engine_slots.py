@@ -1,15 +1,18 @@
 """Slots of the engine: who gets them and when, and what is in them."""
 
 import dataclasses
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine_answers import CONFIG, GREEDY, SMALL, by_full_forwards, check, engine, greedy, prompts, requests, words_of
+from engine_answers import CONFIG, GREEDY, SMALL, by_full_forwards, check, engine, greedy, prompts, requests, weights, words_of
 
 from lfm_jax.generation import EngineConfig, Request
 from lfm_jax.generation import slots as device
 from lfm_jax.generation.requests import joined
+from lfm_jax.generation.sampling import needs_of
 
 
 def test_requests_that_come_later_take_slots_that_become_free():
@@ -44,6 +47,22 @@ def test_a_request_that_waits_begins_when_the_first_of_the_others_ends():
     ]
     parts = [[update for step in steps for update in step if update.request == number] for number in numbers]
     check(map(joined, parts), asked, atol=1e-4)
+
+
+def test_a_cpu_advances_one_row_without_copying_what_it_remembers():
+    """XLA would copy the whole cache four times a token, which took most of a step at 3,500 tokens (docs/log.md, 2026-11-28)."""
+    functions, config, params, buffers = weights()
+    program = device.Program(functions, config, jnp.float32, 8)
+    slots = device.empty_slots(program, 1, 64, 1, False)
+    lowered = device.decode.lower(
+        program, params, buffers, slots, np.ones(1, bool), np.bool_(False), steps=4, reach=32, needs=needs_of([GREEDY]), top=0
+    )  # fmt: skip
+    full, sliding = ({state.keys.shape[3], 32} for state in (slots.cache.layers[1], slots.cache.layers[2]))
+    places = "|".join(map(str, full | sliding))
+    cache = rf"f32\[1,2,(?:8,(?:{places})|(?:{places}),8)\]"
+    text = lowered.compile().as_text()
+    assert re.search(cache, text)
+    assert not re.findall(rf"= {cache}\S* copy\(", text)
 
 
 def test_a_repetition_penalty_counts_the_own_prompt_and_answer_and_nothing_else():

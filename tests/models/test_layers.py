@@ -1,5 +1,7 @@
 """Projection, norm and rotation against closed forms in float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 
 from lfm_jax.models.config import RopeConfig
 from lfm_jax.models.layers import Embedding, RMSNorm, apply_rope, project, rope_phases
+from lfm_jax.sharding import MeshConfig, make_mesh
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,36 @@ def test_a_cpu_copies_nothing_for_the_gradient_of_a_weight():
     by_weight = lambda x, weight, gradient: jax.vjp(lambda weight: project(jax.nn.silu(x), weight), weight)[1](gradient)
     text = jax.jit(by_weight).lower(x, weight, gradient).compile().as_text()
     assert "f32[192,2048]" not in text and "f32[2048,192]" in text
+
+
+@pytest.mark.parametrize(
+    "rows, inner, parts",
+    [
+        ((1, 1), 1024, 4), ((1, 1), 1022, 2), ((1, 1), 1021, 1), ((1, 1), 512, 2), ((1, 1), 128, 1),
+        ((2, 1), 1024, 1), ((1, 2), 1024, 1),
+    ],
+)  # fmt: skip
+def test_a_cpu_takes_one_row_in_parts_that_its_cores_multiply_side_by_side(rows, inner, parts):
+    """Parts of 128 KiB at least, and of one length; none on two devices, which split the matrix themselves."""
+    x, weight = jnp.ones((*rows, inner)), jnp.ones((inner, 128))
+    side_by_side = re.compile(r"f32\[(\d+),1,128\]\S* dot\(.*lhs_batch_dims=\{0\}")
+    products = lambda: side_by_side.findall(jax.jit(project).lower(x, weight).compile().as_text())
+    assert products() == ([str(parts)] if parts > 1 else [])
+    with jax.set_mesh(make_mesh(MeshConfig(tensor=2), jax.devices()[:2])):
+        assert products() == []
+
+
+@pytest.mark.parametrize(
+    "formula, x, weight, contracted",
+    [("bse,ehd->bshd", (1, 1, 256), (256, 16, 64), 1), ("bshd,hde->bse", (1, 1, 6, 86), (6, 86, 256), 2)],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_row_in_parts_equals_einsum(formula, x, weight, contracted, dtype):
+    """Of integers, whose sums are exact in float32: in bfloat16 the result alone is rounded."""
+    rng = np.random.default_rng(0)
+    x, weight = (rng.integers(-8, 9, shape) for shape in (x, weight))
+    expected = jnp.asarray(np.einsum(formula, x, weight), dtype)
+    np.testing.assert_array_equal(project(jnp.asarray(x, dtype), jnp.asarray(weight, dtype), contracted), expected)
 
 
 def test_gradients_of_a_frequent_token_add_up_in_float32():
