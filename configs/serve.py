@@ -16,7 +16,7 @@ when it is ready, and ends by Ctrl-C or SIGTERM when what is under way has been 
 
 Beside OpenAI's fields: `top_k`, `min_p`, `repetition_penalty`, `return_token_ids` (`prompt_token_ids` and `token_ids` in each
 choice), and `stop_loops`: a text that has come to repeat itself ends, with `finish_reason` "stop" and `finish_detail` "loop".
-On a CPU some models are faster with a device for each core, others slower (docs/benchmarks/generation.md): to try it, set
+On a CPU with many requests at a time small models may be faster with a device for each core (docs/benchmarks/generation.md): set
 JAX_NUM_CPU_DEVICES=2 in the environment, and `--config.mesh.tensor=2`. For others than this machine: `--config.host=0.0.0.0
 --config.api_key_file=FILE`, behind a proxy that speaks TLS.
 """
