@@ -1,4 +1,4 @@
-"""Attention and the short convolution as they run on the GPU or TPU that is there, each implementation beside the others.
+"""The kernels as they run on the GPU or TPU that is there, each implementation beside the others.
 
     python run.py --config=configs/benchmarks/kernels.py:gpu --workdir=workdirs/kernels_gpu
     python run.py --config=configs/benchmarks/kernels.py:tpu --workdir=workdirs/kernels_tpu
@@ -13,8 +13,16 @@ argument: small shapes, for a CPU.
 from ml_collections import ConfigDict
 
 _KERNELS = {
-    "gpu": {"attention": ("cudnn", "pallas", "reference"), "short_conv": ("reference", "pallas")},
-    "tpu": {"attention": ("splash", "reference"), "short_conv": ("pallas", "reference")},
+    "gpu": {
+        "attention": ("cudnn", "pallas", "reference"),
+        "short_conv": ("reference", "pallas"),
+        "grouped_matmul": ("reference", "blocks"),
+    },
+    "tpu": {
+        "attention": ("splash", "reference"),
+        "short_conv": ("pallas", "reference"),
+        "grouped_matmul": ("pallas", "reference"),
+    },
 }
 
 
@@ -23,12 +31,14 @@ def get_config(argument: str = "") -> ConfigDict:
     if argument in _KERNELS:
         shapes = {
             "platform": argument, "presets": ("lfm2_350m", "lfm2_1_2b"), "tokens": 32_768, "seqs": (4096, 32_768),
-            **_KERNELS[argument],
+            "experts": ((32, 4, 2048, 1792),), "expert_tokens": 512, **_KERNELS[argument],
         }  # fmt: skip
     elif not argument:
         shapes = {
             "platform": "cpu", "presets": ("nano",), "tokens": 4096, "seqs": (1024,), "document_length": 256, "dtype": "float32",
             "attention": ("rows", "reference"), "short_conv": ("reference",), "matmul": 1024, "read_bytes": 2**24,
+            "grouped_matmul": ("blocks", "reference"), "experts": ((32, 4, 192, 128), (8, 2, 256, 512)),
+            "expert_tokens": 2048,
         }  # fmt: skip
     else:
         raise ValueError(f"unknown argument {argument!r}; there are {', '.join(_KERNELS)}, and none for a CPU")

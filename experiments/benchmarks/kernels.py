@@ -1,6 +1,7 @@
-"""Attention and the short convolution as they run on the device that is there: timed, and held against exact references."""
+"""The kernels as they run on the device that is there: timed, and held against exact references."""
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 ATTENTION = ("splash", "cudnn", "rows", "reference", "pallas")
 SHORT_CONV = ("pallas", "reference")
+GROUPED_MATMUL = ("pallas", "blocks", "reference")
 _EXACT = "reference"
 
 
@@ -26,8 +28,10 @@ class Config:
     """platform: what must be there. presets: whose shapes are taken, equal ones once.
 
     tokens: of a batch; seqs: lengths of its rows.
-    attention, short_conv: implementations that take turns, the first of them what ratios are of. Of attention, "pallas" is jax's
-      own kernel for GPUs; the others are what models can be told.
+    experts: of grouped matmuls, each (experts, of them for each token, width of a token, width of an expert); expert_tokens:
+      that meet them, few, since XLA may multiply each with every expert.
+    attention, short_conv, grouped_matmul: implementations that take turns, the first of them what ratios are of. Of attention,
+      "pallas" is jax's own kernel for GPUs; the others are what models can be told.
     document_length: of packed rows; rows of one document are timed as well.
     longest_reference: length from which attention's error stays unknown, since XLA would keep all scores.
     matmul: rows and columns of the matrices, read_bytes: of the matrix, by which the device's rates are measured.
@@ -40,6 +44,9 @@ class Config:
     seqs: tuple[int, ...]
     attention: tuple[str, ...]
     short_conv: tuple[str, ...]
+    grouped_matmul: tuple[str, ...]
+    experts: tuple[tuple[int, int, int, int], ...]
+    expert_tokens: int
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     document_length: int = 1024
     longest_reference: int = 16_384
@@ -50,7 +57,7 @@ class Config:
     def __post_init__(self):
         for name in self.presets:
             preset(name)  # raises where there is none
-        for kernel, known in (("attention", ATTENTION), ("short_conv", SHORT_CONV)):
+        for kernel, known in (("attention", ATTENTION), ("short_conv", SHORT_CONV), ("grouped_matmul", GROUPED_MATMUL)):
             unknown = [name for name in getattr(self, kernel) if name not in known]
             if unknown:
                 raise ValueError(f"{kernel} has {unknown[0]!r}; known are {', '.join(known)}")
@@ -141,6 +148,29 @@ def _short_conv(config: Config, model: ModelConfig, seq: int, length: int | None
         about={"kernel": "short_conv", "shape": [*shape], "packed": packed}, inputs=inputs, slope=slope, make=make,
         least=[(least_bytes(shape, direction, packed, slope.itemsize), 0.0) for direction in ("forward", "backward")],
         compared=lambda array: array,
+    )  # fmt: skip
+
+
+def _grouped_matmul(config: Config, experts: tuple[int, int, int, int]) -> _Case:
+    """The first product of a mixture; how many of the tokens' copies each expert gets is drawn, as uneven as that is."""
+    import jax
+    import jax.numpy as jnp
+
+    groups, top_k, embed, mlp = experts
+    copies = config.expert_tokens * top_k
+    shapes = [(copies, embed), (groups, embed, mlp), (copies, mlp)]
+    *inputs, slope = _draw(shapes, [config.dtype] * 3)
+    sizes = jnp.bincount(jax.random.randint(jax.random.key(1), (copies,), 0, groups), length=groups).astype(jnp.int32)
+
+    def make(name: str) -> Callable[..., "jax.Array"]:
+        from lfm_jax.kernels import grouped_matmul
+
+        return lambda lhs, rhs: grouped_matmul(lhs, (rhs,), sizes, implementation=name)[0]
+
+    moved, flops = inputs[0].nbytes + inputs[1].nbytes, 2 * copies * embed * mlp
+    return _Case(
+        about={"kernel": "grouped_matmul", "shape": [copies, groups, embed, mlp], "packed": False}, inputs=inputs, slope=slope,
+        least=[(moved + slope.nbytes, flops), (2 * moved + slope.nbytes, 2 * flops)], make=make, compared=lambda array: array,
     )  # fmt: skip
 
 
@@ -249,14 +279,15 @@ def main(config: Config, workdir: epath.Path) -> None:
     }
     rows, known = [], set()
     cases = [
-        (make, names, preset(name), seq, length)
+        (functools.partial(make, config, preset(name), seq, length), names)
         for make, names in ((_short_conv, config.short_conv), (_attention, config.attention))
         for seq in config.seqs
         for name in config.presets
         for length in (None, config.document_length)
     ]
-    for make, names, model, seq, length in track(cases, description="timing"):
-        case = make(config, model, seq, length)
+    cases += [(functools.partial(_grouped_matmul, config, experts), config.grouped_matmul) for experts in config.experts]
+    for make, names in track(cases, description="timing"):
+        case = make()
         if str(case.about) in known:
             continue
         known.add(str(case.about))

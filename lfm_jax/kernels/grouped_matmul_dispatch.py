@@ -7,26 +7,28 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from lfm_jax.kernels import grouped_matmul_tpu
+from lfm_jax.kernels import grouped_matmul_blocks, grouped_matmul_tpu
 from lfm_jax.kernels.grouped_matmul_reference import grouped_matmul_reference, reference_backward
 
-GroupedMatmulImplementation = Literal["auto", "pallas", "reference"]
+GroupedMatmulImplementation = Literal["auto", "pallas", "blocks", "reference"]
 
-def _by_platform(kernel: Callable, reference: Callable) -> dict[str, dict[str, Callable]]:
+
+def _by_platform(kernel: Callable, blocks: Callable, reference: Callable) -> dict[str, dict[str, Callable]]:
     """For each implementation what computes it on which platform, "default" on the others; see `short_conv_dispatch`.
 
     "auto" takes the kernel on TPUs always: XLA's own gradient of the matrices multiplies every row for every group there, 45
-    times the work for 32 experts (docs/benchmarks/grouped_matmul.md).
+    times the work for 32 experts. On CPUs XLA does so in all three products (docs/benchmarks/grouped_matmul.md).
     """
     return {
-        "auto": {"tpu": kernel, "default": reference},
+        "auto": {"tpu": kernel, "cpu": blocks, "default": reference},
         "pallas": {"tpu": kernel, "default": functools.partial(kernel, interpret=True)},
+        "blocks": {"default": blocks},
         "reference": {"default": reference},
     }
 
 
-_FORWARD = _by_platform(grouped_matmul_tpu.forward, grouped_matmul_reference)
-_BACKWARD = _by_platform(grouped_matmul_tpu.backward, reference_backward)
+_FORWARD = _by_platform(grouped_matmul_tpu.forward, grouped_matmul_blocks.forward, grouped_matmul_reference)
+_BACKWARD = _by_platform(grouped_matmul_tpu.backward, grouped_matmul_blocks.backward, reference_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -60,8 +62,8 @@ def grouped_matmul(
     Args:
       lhs: [rows, k], float32 or bfloat16. rhs: each [groups, k, columns], of the same type.
       group_sizes: [groups] int32, rows of each; a group may be empty, and they may add up to less than `rows`.
-      implementation: "auto" (the kernel where the program is for TPUs), "pallas" (the kernel, emulated elsewhere) or "reference"
-        (`jax.lax.ragged_dot`).
+      implementation: "auto" (the kernel where the program is for TPUs, blocks where it is for CPUs), "pallas" (the kernel,
+        emulated elsewhere), "blocks" (of rows, one after the other) or "reference" (`jax.lax.ragged_dot`).
 
     Returns:
       For each of rhs [rows, columns] in the type of lhs.

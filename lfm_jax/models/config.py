@@ -159,7 +159,7 @@ class ComputeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     short_conv: Literal["auto", "pallas", "reference"] = "auto"
     attention: Literal["auto", "splash", "cudnn", "rows", "reference"] = "auto"
-    grouped_matmul: Literal["auto", "pallas", "reference"] = "auto"
+    grouped_matmul: Literal["auto", "pallas", "blocks", "reference"] = "auto"
     expert_exchange: Literal["gather", "all_to_all"] = "gather"
     matmul: Literal["plain", "int8", "fp8"] = "plain"
     file_format: Literal["none", "q4_0", "8da4w"] = "none"

@@ -19,7 +19,7 @@ def config_of(**changes):
     small = {
         "platform": "cpu", "presets": ("nano",), "tokens": 128, "seqs": (64,), "document_length": 16, "dtype": "float32",
         "attention": ("rows", "reference"), "short_conv": ("reference",), "matmul": 64, "read_bytes": 2**16,
-        "least_seconds": 0.0,
+        "grouped_matmul": ("blocks", "reference"), "experts": ((4, 2, 16, 24),), "expert_tokens": 128, "least_seconds": 0.0,
     }  # fmt: skip
     return kernels.Config(**{**small, **changes})
 
@@ -31,12 +31,14 @@ def test_every_implementation_is_timed_and_held_against_the_exact_one(tmp_path):
     assert [(row["kernel"], row["packed"], row["implementation"]) for row in rows] == [
         *(("short_conv", packed, "reference") for packed in (False, True)),
         *(("attention", packed, name) for packed in (False, True) for name in ("rows", "cudnn", "reference")),
+        *(("grouped_matmul", False, name) for name in ("blocks", "reference")),
     ]
     failed = [row for row in rows if "failed" in row]
     assert {row["implementation"] for row in failed} == {"cudnn"} and "in bfloat16 or float16" in failed[0]["failed"]
     for row in rows:
         if row not in failed:
-            assert len(row["errors"]) == {"attention": 4, "short_conv": 3}[row["kernel"]] and max(row["errors"]) < 1e-5
+            assert len(row["errors"]) == {"attention": 4, "short_conv": 3, "grouped_matmul": 3}[row["kernel"]]
+            assert max(row["errors"]) < 1e-5
             assert 0 < row["forward_seconds"] and 0 < row["of_both_floor"]
     table = (tmp_path / "kernels.md").read_text().splitlines()
     assert len(table) == 2 + len(rows) and table[2].split(" | ")[-2] == "1.00"
@@ -72,6 +74,10 @@ def test_what_is_least_by_hand():
     taps = 4 * 3 * NANO.embed_dim
     assert forward == (2 * 4 * 128 * NANO.embed_dim + taps, 0) and forward[0] < backward[0]
     assert kernels._short_conv(config_of(), NANO, 64, None).least[0] == (4 * 4 * 128 * NANO.embed_dim + taps, 0)
+    rows, matrices, out, flops = 256 * 16, 4 * 16 * 24, 256 * 24, 2 * 256 * 16 * 24
+    assert kernels._grouped_matmul(config_of(), (4, 2, 16, 24)).least == [
+        (4 * (rows + matrices + out), flops), (4 * (2 * rows + 2 * matrices + out), 2 * flops),
+    ]  # fmt: skip
 
 
 def test_a_floor_is_the_longer_of_bytes_and_flops(monkeypatch):
@@ -95,7 +101,7 @@ def test_rows_too_long_for_the_reference_have_no_error():
 
 def test_nothing_that_runs_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="no implementation could be run; the first said ValueError: cuDNN's attention takes"):
-        kernels.main(config_of(attention=("cudnn",), short_conv=()), epath.Path(tmp_path))
+        kernels.main(config_of(attention=("cudnn",), short_conv=(), experts=()), epath.Path(tmp_path))
     assert "cuDNN's attention takes" in (tmp_path / "kernels.md").read_text()
 
 
@@ -110,6 +116,7 @@ def test_another_platform_is_no_place_for_it(tmp_path):
         ({"presets": ("huge",)}, "no model preset 'huge'"),
         ({"attention": ("flash",)}, "attention has 'flash'; known are splash, cudnn, rows, reference, pallas"),
         ({"short_conv": ("cudnn",)}, "short_conv has 'cudnn'; known are pallas, reference"),
+        ({"grouped_matmul": ("megablox",)}, "grouped_matmul has 'megablox'; known are pallas, blocks, reference"),
         ({"seqs": (48,)}, "tokens=128 must divide into rows of 48, and these into documents of 16"),
         ({"document_length": 48}, "tokens=128 must divide into rows of 64, and these into documents of 48"),
     ],

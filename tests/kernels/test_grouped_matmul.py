@@ -7,7 +7,7 @@ import pytest
 
 from lfm_jax.kernels import grouped_matmul, grouped_matmul_tpu
 
-IMPLEMENTATIONS = ("pallas", "reference")
+IMPLEMENTATIONS = ("pallas", "blocks", "reference")
 # Rows and the sizes of groups: one group; empty ones, first and last too; a group that ends within a chunk, within a block, with
 # either; groups smaller than a chunk; rows behind the last group, up to all of them; rows that no block divides.
 CASES = {
@@ -95,7 +95,7 @@ def test_columns_are_split_evenly_between_two_cores_as_far_as_they_fit():
 
 def test_what_does_not_fit_is_refused():
     lhs, rhs, sizes, _ = _arrays(8, [3, 5])
-    with pytest.raises(ValueError, match="implementation must be one of auto, pallas, reference, got 'palas'"):
+    with pytest.raises(ValueError, match="implementation must be one of auto, pallas, blocks, reference, got 'palas'"):
         grouped_matmul(lhs, rhs, sizes, implementation="palas")
     with pytest.raises(ValueError, match=r"lhs must be float32 or bfloat16 of \[rows, k\], got float16 of \[8, 24\]"):
         grouped_matmul(lhs.astype(jnp.float16), rhs, sizes)
