@@ -11,18 +11,18 @@ import jax.numpy as jnp
 class _Blocks(NamedTuple):
     """Rows of one group each, in their order: the first `count` of arrays that have room for the most there can be.
 
-    group, start, filled: [most] int32: whose rows, from which on, and how many.
+    group, start, left: [most] int32: whose rows, from which on, and how many the group has from there on.
     """
 
     height: int
     group: jax.Array
     start: jax.Array
-    filled: jax.Array
+    left: jax.Array
     count: jax.Array
 
     def own(self, block: jax.Array) -> jax.Array:
         """Which rows of a block are its own, [height, 1]; those behind belong to the next, or to none."""
-        return (jnp.arange(self.height) < self.filled[block])[:, None]
+        return (jnp.arange(self.height) < self.left[block])[:, None]
 
 
 def _blocks(rows: int, group_sizes: jax.Array) -> _Blocks:
@@ -36,7 +36,7 @@ def _blocks(rows: int, group_sizes: jax.Array) -> _Blocks:
     group = jnp.minimum(jnp.searchsorted(last, block, side="right"), groups - 1)
     before = (block - (last - each)[group]) * height
     start = (jnp.cumsum(group_sizes) - group_sizes)[group] + before
-    return _Blocks(height, group, start, jnp.minimum(group_sizes[group] - before, height), last[-1])
+    return _Blocks(height, group, start, group_sizes[group] - before, last[-1])
 
 
 def _room(rows: int, columns: int, height: int, dtype: jnp.dtype) -> jax.Array:
@@ -85,9 +85,8 @@ def backward(
         part = lambda array: jnp.where(own, jax.lax.dynamic_slice_in_dim(array, start, blocks.height), 0)
         here, parts = part(padded), [part(gradient) for gradient in padded_gradients]
         by_here = sum(_product(gradient, matrices[group], 1, 1) for gradient, matrices in zip(parts, rhs, strict=True))
-        by_here = jnp.where(own, by_here, 0).astype(lhs.dtype)
         by_rhs = tuple(by.at[group].add(_product(here, gradient, 0, 0)) for by, gradient in zip(by_rhs, parts, strict=True))
-        return jax.lax.dynamic_update_slice_in_dim(by_lhs, by_here, start, axis=0), by_rhs
+        return jax.lax.dynamic_update_slice_in_dim(by_lhs, by_here.astype(lhs.dtype), start, axis=0), by_rhs
 
     zeros = tuple(jnp.zeros(matrices.shape, jnp.float32) for matrices in rhs)
     by_lhs, by_rhs = jax.lax.fori_loop(0, blocks.count, add, (_room(rows, lhs.shape[1], blocks.height, lhs.dtype), zeros))
