@@ -3,11 +3,12 @@
     python run.py --config=configs/benchmarks/kernels.py:gpu --workdir=workdirs/kernels_gpu
     python run.py --config=configs/benchmarks/kernels.py:tpu --workdir=workdirs/kernels_tpu
 
-Two to three minutes on an H200; `:tpu` has not been run. Seconds of the forward pass and of both passes in bfloat16, of rows of
-one document and of packed rows; how much of them a device needs that moves every byte once and does the FLOPs at its best rate
-(both rates are measured in the same run); and the largest relative error of output and gradients against XLA in float32. What no
-TPU is needed for is in `attention.py` and `short_conv.py` beside this file. Recorded in docs/benchmarks/kernels.md. Without an
-argument: small shapes, for a CPU.
+Two to three minutes on an H200 before grouped matmuls were among them; `:tpu` has not been run. Seconds of the forward pass and
+of both passes in bfloat16, of rows of one document and of packed rows; how much of them a device needs that moves every byte once
+and does the FLOPs at its best rate (both rates are measured in the same run); and the largest relative error of output and
+gradients against XLA in float32. What no TPU is needed for is in `attention.py`, `short_conv.py` and `grouped_matmul.py` beside
+this file. Without an argument: small shapes, for a CPU. Recorded in docs/benchmarks/kernels.md, grouped matmuls on a CPU in
+docs/benchmarks/grouped_matmul.md.
 """
 
 from ml_collections import ConfigDict

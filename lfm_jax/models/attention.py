@@ -18,7 +18,8 @@ from lfm_jax.sharding import constrain, target_platform
 def _stored(state: AttentionState, key: jax.Array, value: jax.Array, slots: jax.Array) -> AttentionState:
     """With the keys and values of new tokens, [batch, seq, kv_heads, head_dim], in their slots."""
     if slots.size == 1 and target_platform() == "cpu":
-        # XLA makes a slice of the only place, which it then writes into two copies of the cache: one to keep, one to read.
+        # Where there is but one place, XLA writes it as a slice, into two copies of the cache: one to keep, one to read. A second
+        # place, past the end, makes it write in place.
         twice = lambda array, rest: jnp.concatenate([array, jnp.full_like(array, rest)], axis=1)
         key, value, slots = twice(key, 0), twice(value, 0), twice(slots, state.values.shape[2])
     rows = jnp.arange(key.shape[0])[:, None]
